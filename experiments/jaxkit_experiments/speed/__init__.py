@@ -1,0 +1,5 @@
+"""Benchmarks: against other ways to compute the same thing, and against the device's limit.
+
+`measure` times functions side by side and reads the compiler's memory plan, `roofline` counts
+work and bounds the time on named devices, and `ssm` is `jaxkit bench ssm`.
+"""
