@@ -1,0 +1,37 @@
+"""Experiments that reproduce papers' claims, and benchmarks: `jaxkit list | run | report | bench`.
+
+`REGISTRY` maps each experiment's name to where its class is; nothing is imported until it is asked
+for, so that `jaxkit list` starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxkit_experiments.experiment import Experiment
+
+__all__ = ["REGISTRY", "load_experiment"]
+
+# One line an experiment: name, "module:Class".
+REGISTRY: dict[str, str] = {}
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment registered as `name`.
+
+    Raises:
+      ValueError: no experiment has this name; the message lists the nearest ones.
+
+    Example:
+      >>> load_experiment("no-such-experiment")
+      Traceback (most recent call last):
+      ...
+      ValueError: experiment must be one of ...; got 'no-such-experiment'.
+    """
+    from jaxkit._checks import check_choice
+
+    check_choice("experiment", name, REGISTRY)
+    module, _, attribute = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)()
