@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["REGISTRY", "load_experiment"]
 
 # One line an experiment: name, "module:Class".
-REGISTRY: dict[str, str] = {}
+REGISTRY: dict[str, str] = {
+    "s4-kernel-speed": "jaxkit_experiments.ssm.kernel_speed:KernelSpeed",
+}
 
 
 def load_experiment(name: str) -> Experiment:

@@ -98,10 +98,9 @@ def test_environment_names_device_versions_and_commit():
 def test_write_json_is_whole_or_absent(tmp_path):
     path = measure.write_json(tmp_path / "deep" / "a.json", {"t": measure.Timing("t", (1.0, 3.0))})
     assert json.loads(path.read_text())["t"]["median"] == 2.0
-    with pytest.raises(ValueError):
-        measure.write_json(path, {"x": float("nan")})
-    with pytest.raises(TypeError, match="record"):
-        measure.write_json(path, {"x": object()})
+    plan = measure.Memory(temp=1, arguments=2, outputs=3, peak=6)
+    measure.write_json(path, {"plans": [plan], "t": measure.Timing("t", (2.0,))})
+    assert json.loads(path.read_text())["plans"][0]["peak"] == 6
     assert json.loads(path.read_text())["t"]["median"] == 2.0
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
@@ -191,8 +190,8 @@ def test_power_iteration_is_the_impulse_response_of_scipy():
 def test_vandermonde_forms_agree_with_the_geometric_sum(length):
     problem = peers.s4_problem(3, 8, length, derive_c_tilde=False)
     params = peers.vandermonde_operands(problem, "float64")
-    lam = np.asarray(-params["alpha"] + 1j * params["beta"])
-    v = np.asarray(params["v_re"] + 1j * params["v_im"])
+    lam = -np.asarray(params["alpha"]) + 1j * np.asarray(params["beta"])
+    v = np.asarray(params["v_re"]) + 1j * np.asarray(params["v_im"])
     powers = np.exp(lam[..., None] * np.arange(length))
     wanted = 2 * np.einsum("hm,hml->hl", v, powers).real
     atol = tol("float64", length) * np.abs(wanted).max()

@@ -6,7 +6,6 @@ other work hits all of them alike, and a ratio is the median over rounds of pair
 """
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxkit import _checks
+from jaxkit_experiments import runfolder
 
 __all__ = [
     "Memory",
@@ -241,7 +241,7 @@ def environment() -> dict[str, Any]:
         ['commit', 'cores', 'device', 'load', 'platform', 'processor', 'python', 'versions', 'x64']
     """
     device = jax.devices()[0]
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -257,34 +257,30 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": bool(jax.config.read("jax_enable_x64")),
     }
 
 
-def _plain(value: Any) -> Any:
+def _rows(value: Any) -> Any:
     if isinstance(value, Timing):
         return {"median": value.median, "best": value.best, "samples": list(value.samples)}
     if isinstance(value, Memory):
         return asdict(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"record must hold plain values; got {type(value).__name__}.")
+    if isinstance(value, Mapping):
+        return {key: _rows(item) for key, item in value.items()}
+    return [_rows(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
     """Write a record (plain values, `Timing`, `Memory`) in one piece: a kill leaves no half file.
 
     Example:
-        >>> import tempfile, pathlib
+        >>> import json, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = write_json(pathlib.Path(folder) / "a" / "b.json", {"seconds": 1.5})
-        ...     json.loads(path.read_text())
-        {'seconds': 1.5}
+        ...     path = write_json(Path(folder) / "a" / "b.json", {"t": Timing("t", (1.5, 2.5))})
+        ...     json.loads(path.read_text())["t"]["median"]
+        2.0
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2, default=_plain, allow_nan=False)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
+    runfolder.write_json(path, _rows(record))
     return path

@@ -9,6 +9,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxkit_kernels._dispatch import Implementation
+from jaxkit_kernels.cauchy import dplr_generating_function
+from jaxkit_kernels.vandermonde import vandermonde
 
 from jaxkit import _checks
 from jaxkit._typing import Array, Float, Params
@@ -19,6 +22,7 @@ __all__ = [
     "dplr_fused",
     "power_iteration",
     "power_operands",
+    "power_operands_host",
     "rtf",
     "rtf_problem",
     "s4_problem",
@@ -171,7 +175,7 @@ def dplr_broadcast(params: Params, *, length: int) -> Float[Array, "heads length
 
 
 def dplr_fused(
-    params: Params, *, length: int, implementation: str = "auto"
+    params: Params, *, length: int, implementation: Implementation = "auto"
 ) -> Float[Array, "heads length"]:
     """The same kernel by `jaxkit_kernels.cauchy`: real arithmetic, half the modes, one pass.
 
@@ -187,8 +191,6 @@ def dplr_fused(
         >>> dplr_fused(cast(s4_problem(2, 4, 16)), length=16).shape
         (2, 16)
     """
-    from jaxkit_kernels.cauchy import dplr_generating_function
-
     step = jnp.exp(params["log_step"])[:, None]
     half = step / 2
 
@@ -212,15 +214,25 @@ def dplr_fused(
     return jnp.fft.irfft(jax.lax.complex(re, im), n=length)
 
 
-def power_operands(problem: dict[str, np.ndarray], dtype: str = "float32") -> Params:
-    """Dense bilinear `bar_a` [H, N, N], `bar_b` and `c` [H, N] of the problem, real LegS basis.
+def power_operands_host(problem: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Dense bilinear `bar_a` [H, N, N], `bar_b` and `c` [H, N], real LegS basis, float64.
 
     Example:
-        >>> power_operands(s4_problem(2, 4, 16))["bar_a"].shape
+        >>> power_operands_host(s4_problem(2, 4, 16))["bar_a"].shape
         (2, 4, 4)
     """
     bar_a, bar_b = _dense(problem)
-    return cast({"bar_a": bar_a, "bar_b": bar_b, "c": problem["c_real"]}, dtype)
+    return {"bar_a": bar_a, "bar_b": bar_b, "c": problem["c_real"]}
+
+
+def power_operands(problem: dict[str, np.ndarray], dtype: str = "float32") -> Params:
+    """The same on the device, in `dtype`.
+
+    Example:
+        >>> power_operands(s4_problem(2, 4, 16))["c"].dtype.name
+        'float32'
+    """
+    return cast(power_operands_host(problem), dtype)
 
 
 def power_iteration(params: Params, *, length: int) -> Float[Array, "heads length"]:
@@ -282,7 +294,7 @@ def vandermonde_direct(params: Params, *, length: int) -> Float[Array, "heads le
 
 
 def vandermonde_two_level(
-    params: Params, *, length: int, implementation: str = "auto"
+    params: Params, *, length: int, implementation: Implementation = "auto"
 ) -> Float[Array, "heads length"]:
     """The same by `jaxkit_kernels.vandermonde`: a matrix product over two levels of powers.
 
@@ -298,8 +310,6 @@ def vandermonde_two_level(
         >>> vandermonde_two_level(vandermonde_operands(s4_problem(2, 4, 16)), length=16).shape
         (2, 16)
     """
-    from jaxkit_kernels.vandermonde import vandermonde
-
     names = ("alpha", "beta", "v_re", "v_im")
     return vandermonde(
         *(params[name] for name in names), length=length, implementation=implementation

@@ -169,8 +169,8 @@ def _equation(equation: Any) -> Work:
         # The transformed axes are whole on the longer side (a real FFT keeps half of one).
         total = max(_size(equation.invars[0]), _size(equation.outvars[0]))
         # The split-radix leading term, halved for real data.
-        each = (2 if real else 4) * math.log2(max(points, 2))
-        return Work(float(total * each), 0.0, 0.0)
+        per_number = (2 if real else 4) * math.log2(max(points, 2))
+        return Work(total * per_number, 0.0, 0.0)
     if name in _REDUCE:
         each = 2 if _is_complex(equation.invars[0]) else 1
         return Work(float(each * _size(equation.invars[0])), 0.0, 0.0)

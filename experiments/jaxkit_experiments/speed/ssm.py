@@ -7,7 +7,7 @@ and the roofline of each kernel. A target is judged only at the size it is state
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -106,12 +106,12 @@ def _difference(one: Any, other: Any) -> float:
     return float(np.max(np.abs(one - other)) / np.max(np.abs(other)))
 
 
-def _milliseconds(timings: dict[str, measure.Timing]) -> str:
+def _milliseconds(timings: Mapping[str, measure.Timing]) -> str:
     return ", ".join(f"{name} {timing.median * 1e3:.3g} ms" for name, timing in timings.items())
 
 
 def _race(
-    forms: dict[str, Callable[..., Any]], params: Any, shape: tuple[int, int], sizes: Sizes
+    forms: Mapping[str, Callable[..., Any]], params: Any, shape: tuple[int, int], sizes: Sizes
 ) -> dict[str, dict[str, measure.Timing]]:
     """Forward, and forward with VJP, of several forms on the same parameters."""
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
@@ -230,7 +230,8 @@ def _training_step(heads: int, state: int, length: int) -> Callable[[], Any]:
     from jaxkit.ssm.layers import S4
 
     layer = S4(heads, state_size=state, l_max=length, rngs=nnx.Rngs(0))
-    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    parts: Any = nnx.split(layer, nnx.Param, ...)
+    graph, params, rest = parts
     optimizer = optax.adam(1e-3)
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.standard_normal((1, length, heads)), jnp.float32)
