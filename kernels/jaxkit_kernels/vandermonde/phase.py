@@ -1,0 +1,80 @@
+r"""Phases $\beta l$ modulo $2 \pi$ with more digits than the dtype has.
+
+$l$ reaches 1e5 and $\beta$ several turns, so the product in float32 would leave four digits of
+phase. Turns $\beta / 2 \pi$ are kept as an unevaluated sum of short numbers instead, whose products
+with (the two halves of) $l$ are exact; whole turns are dropped before anything is rounded.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["TURN", "fraction", "split_turns"]
+
+TURN = 2 * np.pi
+_LOW_BITS = 12
+
+
+def _short(x: jax.Array) -> jax.Array:
+    """x with its last 12 bits cleared: products of two such numbers are exact in float32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFF000), jnp.float32)
+
+
+def split_turns(beta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""$\beta / 2 \pi$ as high + middle + low: two numbers of 12 bits and a remainder.
+
+    Args:
+        beta: radians, float32. In float64 the first number carries everything.
+
+    Returns:
+        Three arrays like `beta`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> high, middle, low = split_turns(jnp.float32([1.0]))
+        >>> abs(float(high[0]) + float(middle[0]) + float(low[0]) - 1 / TURN) < 1e-13
+        True
+    """
+    if beta.dtype != jnp.float32:
+        return beta / TURN, jnp.zeros_like(beta), jnp.zeros_like(beta)
+    inverse = 1 / TURN
+    inv_1 = np.float32(inverse)
+    inv_1 = (inv_1.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
+    inv_2 = np.float32(inverse - float(inv_1))
+    inv_2 = (inv_2.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
+    inv_3 = np.float32(inverse - float(inv_1) - float(inv_2))
+    beta_1 = _short(beta)
+    beta_2 = beta - beta_1
+    lead = beta_1 * inv_1
+    # In order of size; everything but the last line is exact or far below the sum's last bit.
+    rest = beta_1 * inv_2 + beta_2 * inv_1
+    rest_error = (beta_1 * inv_2 - (rest - beta_2 * inv_1)) + beta_2 * inv_2 + beta * inv_3
+    total = lead + rest
+    error = (rest - (total - lead)) + rest_error
+    high = _short(total)
+    return high, total - high, error
+
+
+def fraction(position: jax.Array, turns: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """Fractional part, in [-1/2, 1/2], of position times turns.
+
+    Args:
+        position: int32, at least 0 and below 2^24, broadcasting against the turns.
+        turns: from `split_turns`.
+
+    Returns:
+        Turns without the whole ones.
+    """
+    high, middle, low = turns
+    if high.dtype != jnp.float32:
+        product = position.astype(high.dtype) * high
+        return product - jnp.floor(product + 0.5)
+    lower = position & ((1 << _LOW_BITS) - 1)
+    pieces = [(position - lower).astype(jnp.float32), lower.astype(jnp.float32)]
+    total = position.astype(jnp.float32) * low
+    for piece in pieces:
+        for part in (middle, high):
+            product = piece * part  # exact: 12 bits times 12 bits
+            total = total + (product - jnp.floor(product + 0.5))
+    return total - jnp.floor(total + 0.5)
