@@ -1,0 +1,23 @@
+"""State-space models: structured layers, their kernels and recurrences, and models over them."""
+
+from jaxkit.ssm import diag, dplr, init
+from jaxkit.ssm.conv import fft_conv, fft_conv_bidirectional
+from jaxkit.ssm.layers import S4, FrozenSSMParam, Recurrent, SSMParam
+from jaxkit.ssm.model import ModelState, SequenceBlock, SequenceModel
+from jaxkit.ssm.rates import ssm_labels
+
+__all__ = [
+    "FrozenSSMParam",
+    "ModelState",
+    "Recurrent",
+    "S4",
+    "SSMParam",
+    "SequenceBlock",
+    "SequenceModel",
+    "diag",
+    "dplr",
+    "fft_conv",
+    "fft_conv_bidirectional",
+    "init",
+    "ssm_labels",
+]
