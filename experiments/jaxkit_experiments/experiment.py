@@ -244,7 +244,8 @@ class Context:
         try:
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                np.savez_compressed(temporary, **{k: np.asarray(v) for k, v in arrays.items()})
+                held: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
+                np.savez_compressed(temporary, **held)
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,13 @@ def read_json(path: Path) -> Any:
 
 
 class MetricLog:
-    """metrics.jsonl: append records, read them back, replace those of an arm.
+    """metrics.jsonl: append records, read them back, drop those of an arm.
 
     Example:
       >>> import tempfile
       >>> log = MetricLog(Path(tempfile.mkdtemp()) / "metrics.jsonl")
       >>> log.append({"arm": "a", "step": 1, "loss": 0.5})
-      >>> log.replace(lambda record: record["arm"] == "a", [])
+      >>> log.drop(arm="a")
       >>> log.read()
       []
     """
@@ -170,19 +170,21 @@ class MetricLog:
             records.append(record)
         return records
 
-    def replace(
-        self, matches: Callable[[dict[str, Any]], bool], records: list[dict[str, Any]]
-    ) -> None:
-        """Take out the records that match, mend cut lines, and append `records`."""
-        if not self.path.exists() and not records:
+    def drop(self, then: Sequence[Mapping[str, Any]] = (), **fields: Any) -> None:
+        """Take out the records whose fields have these values, and append the records `then`."""
+        if not self.path.exists() and not then:
             return
-        kept = [record for record in self.read() if not matches(record)] + records
-        text = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in kept)
+        kept = [
+            record
+            for record in self.read()
+            if any(record.get(key) != value for key, value in fields.items())
+        ]
+        lines = [json.dumps(plain(record), allow_nan=False) + "\n" for record in [*kept, *then]]
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(text)
+                temporary.write_text("".join(lines))
                 os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import chex
+import chex  # type: ignore[import-untyped]
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,7 +234,9 @@ def train(
     program = _Program(init, loss, optimizer, seeds, mesh, param_sharding)
     put_batch = partial(_put, NamedSharding(mesh, PartitionSpec(None, None, data_axis)))
     lengths = {min(chunk, steps), steps % chunk or chunk}
-    # A second compilation of the same chunk would cost more than the training itself.
+    # A second compilation of the same chunk would cost more than the training itself. chex counts
+    # by the place in the source, so that every training in one process starts a count of its own.
+    chex.clear_trace_counter()
     run_chunk = jax.jit(
         chex.assert_max_traces(program.run_chunk, n=len(lengths)),
         donate_argnums=0,
@@ -256,10 +258,7 @@ def train(
             done, state, history = restored
         if ctx.writes:
             ours = {"arm": ctx.arm, "stage": name}
-            ctx.metric_log.replace(
-                lambda record: all(record.get(key) == value for key, value in ours.items()),
-                [ours | record for record in history],
-            )
+            ctx.metric_log.drop([ours | record for record in history], **ours)
 
     def record(step: int, split: str, metrics: Mapping[str, np.ndarray]) -> None:
         entry = plain({"stage": name, "step": step, "split": split} | dict(metrics))
@@ -342,16 +341,16 @@ class _Program:
         self._seeds = np.asarray(seeds, np.uint32)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.graphdef: Any = None
-        params, other = jax.eval_shape(self._init_model, jax.random.key(0))
-        self._tx = (
-            optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(params)
-        )
+        shapes: Any = jax.eval_shape(self._init_model, jax.random.key(0))
+        params, other = shapes
+        make: Any = optimizer
+        self._tx = make if isinstance(make, optax.GradientTransformation) else make(params)
         state = (params, other, jax.eval_shape(self._tx.init, params))
         self.shardings = _shardings(state, mesh, param_sharding)
 
     def _init_model(self, key: jax.Array) -> tuple[Any, Any]:
-        graphdef, params, other = nnx.split(self._init(key), nnx.Param, ...)
-        self.graphdef = graphdef
+        parts: Any = nnx.split(self._init(key), nnx.Param, ...)
+        self.graphdef, params, other = parts
         return params, other
 
     def _keys(self) -> tuple[jax.Array, jax.Array]:
@@ -373,7 +372,8 @@ class _Program:
         def objective(params: Any) -> Any:
             model = nnx.merge(self.graphdef, params, other, copy=True)
             value, metrics = self._loss(model, batch, key)
-            return value, (nnx.split(model, nnx.Param, ...)[2], metrics)
+            parts: Any = nnx.split(model, nnx.Param, ...)
+            return value, (parts[2], metrics)
 
         (value, (other, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = self._tx.update(grads, opt_state, params)
@@ -390,7 +390,8 @@ class _Program:
         def body(carry: Any, batch: Any) -> Any:
             state, step, alive = carry
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(step_keys, step)
-            new, finite, metrics = jax.vmap(self._step)(*state, batch, keys)
+            step_all: Any = jax.vmap(self._step)
+            new, finite, metrics = step_all(*state, batch, keys)
             alive &= jnp.all(finite)
             state = jax.tree.map(partial(jnp.where, alive), new, state)
             return (state, step + 1, alive), (alive, ~finite, metrics)

@@ -1,0 +1,68 @@
+"""Figures that more than one experiment draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxkit_experiments.experiment import Context
+
+__all__ = ["figure", "training_curves"]
+
+
+@contextmanager
+def figure(path: Path, *, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """Axes to draw on, saved to `path` afterwards: `with figure(path) as axes: ...`.
+
+    No display is needed, and no state is left behind in matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = options.pop("figsize", (5.6 * columns, 3.8 * rows))
+    drawing = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(drawing)
+    yield drawing.subplots(rows, columns, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=120)
+
+
+def training_curves(ctx: Context, *, name: str = "training-curves") -> list[Path]:
+    """One panel for each metric and split in metrics.jsonl: mean over the seeds and their range.
+
+    Returns:
+      The figure's path, or nothing if there is no training to show.
+    """
+    curves: dict[tuple[str, str], dict[str, list[tuple[int, np.ndarray]]]] = {}
+    for record in ctx.history():
+        if "split" not in record:
+            continue
+        arm = str(record.get("arm") or record["stage"])
+        for key, values in record.items():
+            if isinstance(values, list) and np.ndim(values) == 1:
+                point = record["step"], np.asarray(values, np.float64)
+                curves.setdefault((key, record["split"]), {}).setdefault(arm, []).append(point)
+    # A single point is no curve.
+    shown = {
+        panel: arms for panel, arms in curves.items() if max(map(len, arms.values())) > 1
+    } or curves
+    if not shown:
+        return []
+    path = ctx.run_dir / "plots" / f"{name}.png"
+    with figure(path, columns=len(shown), squeeze=False) as axes:
+        for axis, ((metric, split), arms) in zip(axes[0], shown.items(), strict=True):
+            for arm, points in arms.items():
+                steps = [step for step, _ in points]
+                values = np.stack([value for _, value in points])
+                (line,) = axis.plot(steps, values.mean(1), label=arm)
+                low, high = values.min(1), values.max(1)
+                axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+            axis.set_xlabel("step")
+            axis.set_title(f"{metric} ({split})", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0][-1].legend(frameon=False, fontsize=8)
+    return [path]
