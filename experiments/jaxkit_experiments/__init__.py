@@ -16,6 +16,14 @@ __all__ = ["REGISTRY", "load_experiment"]
 
 # One line an experiment: name, "module:Class".
 REGISTRY: dict[str, str] = {
+    "s4-digits": "jaxkit_experiments.ssm.sequence_tasks:Digits",
+    "s4-permuted-digits": "jaxkit_experiments.ssm.sequence_tasks:PermutedDigits",
+    "s4-copying": "jaxkit_experiments.ssm.sequence_tasks:Copying",
+    "s4-selective-copying": "jaxkit_experiments.ssm.sequence_tasks:SelectiveCopying",
+    "s4-delay": "jaxkit_experiments.ssm.sequence_tasks:Delay",
+    "s4-adding": "jaxkit_experiments.ssm.sequence_tasks:Adding",
+    "s4-listops": "jaxkit_experiments.ssm.sequence_tasks:ListOps",
+    "hippo-reconstruction": "jaxkit_experiments.ssm.reconstruction:Reconstruction",
     "s4-kernel-speed": "jaxkit_experiments.ssm.kernel_speed:KernelSpeed",
 }
 

@@ -129,7 +129,9 @@ def _join(pair: Array) -> Array:
     return jax.lax.complex(pair[..., 0], pair[..., 1])
 
 
-def dplr_broadcast(params: Params, *, length: int) -> Float[Array, "heads length"]:
+def dplr_broadcast(
+    params: Params, *, length: int, half: bool = True
+) -> Float[Array, "heads length"]:
     r"""The tutorials' DPLR kernel: $v/(g-\lambda)$ summed under vmap over complex numbers.
 
     $K = \mathrm{irfft}\, \frac{2}{1+z}[k_{00} - k_{01} k_{10}/(1+k_{11})]$ with four sums
@@ -139,6 +141,8 @@ def dplr_broadcast(params: Params, *, length: int) -> Float[Array, "heads length
     Args:
         params: `s4_problem`, cast.
         length: L.
+        half: the L/2 + 1 nodes that a real kernel needs; without it all L and a complex inverse
+            transform, as the tutorial's own code has it.
 
     Returns:
         The kernel.
@@ -156,7 +160,8 @@ def dplr_broadcast(params: Params, *, length: int) -> Float[Array, "heads length
 
     lam = both(jax.lax.complex(params["lam_re"], params["lam_im"]))
     p, b, ct = both(_join(params["p"])), both(_join(params["b"])), both(_join(params["ct"]))
-    turn = jnp.asarray(2 * np.pi * np.arange(length // 2 + 1) / length, dtype)
+    nodes = length // 2 + 1 if half else length
+    turn = jnp.asarray(2 * np.pi * np.arange(nodes) / length, dtype)
     z = jax.lax.complex(jnp.cos(turn), -jnp.sin(turn))
 
     def cauchy(v: Array, nodes: Array, poles: Array) -> Array:
@@ -171,7 +176,7 @@ def dplr_broadcast(params: Params, *, length: int) -> Float[Array, "heads length
         return 2 / (1 + z) * (k00 - k01 * (1 / (1 + k11)) * k10)
 
     spectrum = jax.vmap(channel)(lam, p, b, ct, jnp.exp(params["log_step"]))
-    return jnp.fft.irfft(spectrum, n=length)
+    return jnp.fft.irfft(spectrum, n=length) if half else jnp.fft.ifft(spectrum).real
 
 
 def dplr_fused(

@@ -35,6 +35,8 @@ class Device:
     bandwidth: float
     """Bytes per second from and to device memory."""
     source: str
+    one_unit: bool = False
+    """Whether float32 products run on the elementwise units, so that the two times add up."""
 
 
 def _tpu(name: str, clock: float, bf16: float, bandwidth: float, clock_source: str) -> Device:
@@ -57,10 +59,10 @@ DEVICES: dict[str, Device] = {
     # 918 TFLOP/s from two 256x256 units would be 3.5 GHz; half of it is the plausible core clock.
     "tpu-v6e": _tpu("TPU v6e", 1.75e9, 918e12, 1640e9, "not published: assumed"),
     "h100": Device(
-        "H100 SXM", 66.9e12, 66.9e12, 3.35e12, "NVIDIA H100 data sheet, float32 without TF32"
+        "H100 SXM", 66.9e12, 66.9e12, 3.35e12, "NVIDIA H100 data sheet, float32 without TF32", True
     ),
     "h200": Device(
-        "H200 SXM", 66.9e12, 66.9e12, 4.8e12, "NVIDIA H200 data sheet, float32 without TF32"
+        "H200 SXM", 66.9e12, 66.9e12, 4.8e12, "NVIDIA H200 data sheet, float32 without TF32", True
     ),
 }
 
@@ -245,14 +247,15 @@ def count(function: Callable[..., Any], *args: Any) -> Work:
 def least_time(work: Work, device: str) -> tuple[float, str]:
     """Least seconds for `work` on a named device, and what bounds it.
 
-    Vector and matrix units run side by side, so the longest of the three times counts.
+    On a TPU vector and matrix units run side by side, so the longest of the three times counts;
+    on a GPU float32 products share the units of elementwise work ("compute").
 
     Args:
         work: counted work.
         device: a key of `DEVICES`.
 
     Returns:
-        Seconds, and "vector", "matrix" or "memory".
+        Seconds, and "vector", "matrix", "compute" or "memory".
 
     Raises:
         ValueError: unknown device.
@@ -263,10 +266,8 @@ def least_time(work: Work, device: str) -> tuple[float, str]:
     """
     _checks.check_choice("device", device, DEVICES)
     peak = DEVICES[device]
-    times = {
-        "vector": work.vector / peak.vector,
-        "matrix": work.matrix / peak.matrix,
-        "memory": work.bytes / peak.bandwidth,
-    }
+    vector, matrix = work.vector / peak.vector, work.matrix / peak.matrix
+    times = {"compute": vector + matrix} if peak.one_unit else {"vector": vector, "matrix": matrix}
+    times["memory"] = work.bytes / peak.bandwidth
     bound = max(times, key=lambda name: times[name])
     return times[bound], bound

@@ -137,6 +137,7 @@ def dplr_speed(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
     forms = {
         "broadcast": partial(peers.dplr_broadcast, length=sizes.length),
         "fused": partial(peers.dplr_fused, length=sizes.length),
+        "tutorial": partial(peers.dplr_broadcast, length=sizes.length, half=False),
     }
     difference = _difference(forms["broadcast"](params), jax.jit(forms["fused"])(params))
     timings = _race(forms, params, (sizes.heads, sizes.length), sizes)
@@ -151,6 +152,14 @@ def dplr_speed(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
                 "x",
                 _milliseconds(race),
                 least=least,
+            )
+        )
+        lines.append(
+            Line(
+                f"DPLR {part} against the tutorial's L nodes",
+                measure.speedup(race["tutorial"], race["fused"]),
+                "x",
+                "all L nodes and a complex inverse transform",
             )
         )
     lines.append(
@@ -227,6 +236,7 @@ def _training_step(heads: int, state: int, length: int) -> Callable[[], Any]:
     """A jitted step (loss, gradients, Adam) of one S4 layer on one sequence."""
     import optax
     from flax import nnx
+
     from jaxkit.ssm.layers import S4
 
     layer = S4(heads, state_size=state, l_max=length, rngs=nnx.Rngs(0))
@@ -333,23 +343,24 @@ def _show(
     if not rows:
         return
     limits = Table(
-        title="Least time by counted work (the longest of vector, matrix and memory time)",
+        title="Least time by counted work, and what bounds it: vec(tor) or mat(rix) unit, both as "
+        "com(pute), or mem(ory)",
         title_justify="left",
     )
     limits.add_column("kernel")
     limits.add_column("Gflop", justify="right")
     limits.add_column("MB", justify="right")
     for device in roofline.DEVICES.values():
-        limits.add_column(f"{device.name}, us", justify="right")
-    limits.add_column("here, us", justify="right")
-    limits.add_column("here, Gflop/s", justify="right")
+        limits.add_column(f"{device.name.removesuffix(' SXM')} µs", justify="right")
+    limits.add_column("here µs", justify="right")
+    limits.add_column("Gflop/s", justify="right")
     for row in rows:
         cells = [
-            f"{row[device]['seconds'] * 1e6:.3g} ({row[device]['bound']})"
+            f"{row[device]['seconds'] * 1e6:.3g} {row[device]['bound'][:3]}"
             for device in roofline.DEVICES
         ]
         seconds = row["measured"]
-        cells.append(f"{seconds * 1e6:.3g}" if seconds else "-")
+        cells.append(f"{seconds * 1e6:.0f}" if seconds else "-")
         rate = f"{row['flops'] / seconds / 1e9:.3g}" if seconds else "-"
         own = _this_device()
         if own and seconds:
