@@ -110,23 +110,17 @@ def gbt(
     kexue.fm.
     """
     check_real("alpha", alpha, least=0.0, most=1.0)
-    A, B, dt, xp, out = _prepare(A, B, dt)
-    weight = xp.asarray(alpha).astype(dt.dtype)
-    identity = xp.eye(A.shape[0], dtype=A.dtype)
-    columns = B.reshape(A.shape[0], -1)
-    steps = dt.reshape(-1)
-    # One right-hand side [I + (1-α)ΔA, ΔB] for both, so that each step factorizes once.
-    batch = (steps.size, 1, 1)
-    lead = (steps.size, *A.shape)
-    implicit = xp.broadcast_to(identity[None], lead) - (weight * steps).reshape(
-        batch
-    ) * xp.broadcast_to(A[None], lead)
-    explicit = xp.broadcast_to(identity[None], lead) + ((1 - weight) * steps).reshape(
-        batch
-    ) * xp.broadcast_to(A[None], lead)
-    scaled = steps.reshape(batch) * xp.broadcast_to(columns[None], (steps.size, *columns.shape))
+    a, b, delta, xp, out = _prepare(A, B, dt)
+    weight = xp.asarray(alpha).astype(delta.dtype)
+    identity = xp.eye(a.shape[0], dtype=a.dtype)[None]
+    columns = b.reshape(a.shape[0], -1)
+    # One right-hand side [I + (1−α)ΔA, ΔB] for both, so that each step factorizes once.
+    steps = delta.reshape(-1, 1, 1)
+    implicit = identity - (weight * steps).astype(a.dtype) * a[None]
+    explicit = identity + ((1 - weight) * steps).astype(a.dtype) * a[None]
+    scaled = steps.astype(a.dtype) * columns[None]
     both = xp.linalg.solve(implicit, xp.concatenate([explicit, scaled], axis=-1))
-    return _split(both, A, B, dt, out)
+    return _split(both, a, b, delta, out)
 
 
 def _split(both: Any, A: Any, B: Any, dt: Any, out: Any) -> tuple[Any, Any]:
@@ -162,25 +156,25 @@ def zoh(A: ArrayLike, B: ArrayLike, dt: ArrayLike) -> tuple[Any, Any]:
 
     Source: Van Loan 1978, "Computing integrals involving the matrix exponential".
     """
-    A, B, dt, xp, out = _prepare(A, B, dt)
-    size = A.shape[0]
-    columns = B.reshape(size, -1)
+    a, b, delta, xp, out = _prepare(A, B, dt)
+    size = a.shape[0]
+    columns = b.reshape(size, -1)
     total = size + columns.shape[1]
     block = xp.concatenate(
         [
-            xp.concatenate([A, columns], axis=1),
-            xp.zeros((total - size, total), A.dtype),
+            xp.concatenate([a, columns], axis=1),
+            xp.zeros((total - size, total), a.dtype),
         ],
         axis=0,
     )
-    steps = dt.reshape(-1, 1, 1).astype(A.dtype)
-    scaled = steps * xp.broadcast_to(block[None], (steps.shape[0], total, total))
+    steps = delta.reshape(-1, 1, 1).astype(a.dtype)
+    scaled = steps * block[None]
     if xp is np:
         both = scipy.linalg.expm(scaled)
     else:
         # 16 squarings, JAX's default, turn the stiff steps of large states into NaN.
         both = jax.vmap(lambda M: jax.scipy.linalg.expm(M, max_squarings=32))(scaled)
-    return _split(both, A, B, dt, out)
+    return _split(both, a, b, delta, out)
 
 
 def discretize(

@@ -6,6 +6,7 @@ matrices. `legs_*` are the O(N) steps, scans and closed forms of the measure of 
 networks.
 """
 
+from jaxkit.ssm.hippo.cells import HippoCell, HippoMemory, HippoState, LMUCell
 from jaxkit.ssm.hippo.legs import (
     INPUT_WEIGHTS,
     LEGS_METHODS,
@@ -48,4 +49,8 @@ __all__ = [
     "legendre_series",
     "fourier_series",
     "laguerre_series",
+    "HippoCell",
+    "HippoMemory",
+    "HippoState",
+    "LMUCell",
 ]

@@ -256,8 +256,8 @@ def legs_propagate(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> legs_propagate(jnp.asarray([1.0, 0.0]), 2.0).round(4).tolist()
-      [0.5, -0.433...]
+      >>> print(legs_propagate(jnp.asarray([1.0, 0.0]), 2.0).round(3))
+      [ 0.5   -0.433]
 
     Source: see `legs_transition`.
     """
@@ -428,7 +428,7 @@ def legs_step(
             f"u must be {tuple(x.shape[:-1])}, one for each state; got shape {tuple(u.shape)}."
         )
     check_real("t", t, least=0.0)
-    check_real("t_next", t_next, above=None if is_traced(t) else float(t))
+    check_real("t_next", t_next, above=None if is_traced(t) else float(np.asarray(t)))
     work = work_dtype(x.dtype)
     flat, inputs = x.astype(work).reshape(-1, N), u.astype(work).reshape(-1)
     t, t_next = jnp.asarray(t, work), jnp.asarray(t_next, work)
@@ -603,7 +603,7 @@ def legs_scan(
     flat = u.astype(work).reshape(-1, T)
     if start is not None:
         check_real("start", start, above=0.0)
-        start = start if is_traced(start) else float(start)
+        start = start if is_traced(start) else float(np.asarray(start))
         x = _state("state", state)
         if x.shape != (*batch, N):
             raise ValueError(

@@ -129,13 +129,13 @@ def lti_scan(
     Source: Gu et al. 2020 (arXiv 2008.07669); chunks as in Voelker's LMU, post 10137 on kexue.fm.
     """
     u = signal(u)
-    A_bar, B_bar = _system(A_bar, B_bar)
-    N, T = A_bar.shape[0], u.shape[-1]
+    transition, column = _system(A_bar, B_bar)
+    N, T = transition.shape[0], u.shape[-1]
     if chunk is not None:
         chunk = min(check_int("chunk", chunk, least=1), T)
-    work = work_dtype(u.dtype, is_complex=_is_complex(A_bar, B_bar, state))
-    A = jnp.asarray(A_bar).astype(work)
-    B = jnp.asarray(B_bar).astype(work)
+    work = work_dtype(u.dtype, is_complex=_is_complex(transition, column, state))
+    A = jnp.asarray(transition).astype(work)
+    B = jnp.asarray(column).astype(work)
     flat = u.astype(work).reshape(-1, T)
     x = _start(state, (*u.shape[:-1], N), work)
     if chunk is None:
@@ -194,43 +194,46 @@ def lti_scan_varying(
       >>> import jax.numpy as jnp, numpy as np
       >>> A, B = np.array([[0.0]]), np.array([1.0])
       >>> dt = np.array([1.0, 2.0, 1.0])
-      >>> lti_scan_varying(A, B, jnp.ones(3), dt)[:, 0].round(3).tolist()
-      [1.0, 3.0, 4.0]
+      >>> print(lti_scan_varying(A, B, jnp.ones(3), dt)[:, 0].round(3))
+      [1. 3. 4.]
 
     Cost: O(N³) for every step that is discretized.
 
     Source: see `jaxkit.ssm.discretize`.
     """
     u = signal(u)
-    A, B = _system(A, B)
+    matrix, column = _system(A, B)
     check_choice("method", method, LTI_METHODS)
     check_real("alpha", alpha, least=0.0, most=1.0)
     check_steps("dt", dt)
-    dt = dt if isinstance(dt, jax.Array) else np.asarray(dt)
-    N, T = A.shape[0], u.shape[-1]
-    if dt.shape != (T,):
-        raise ValueError(f"dt must be [{T}], one for each sample; got shape {tuple(dt.shape)}.")
-    work = work_dtype(u.dtype, is_complex=_is_complex(A, B, state))
+    steps: Any = dt if isinstance(dt, jax.Array) else np.asarray(dt)
+    N, T = matrix.shape[0], u.shape[-1]
+    if steps.shape != (T,):
+        raise ValueError(f"dt must be [{T}], one for each sample; got shape {tuple(steps.shape)}.")
+    work = work_dtype(u.dtype, is_complex=_is_complex(matrix, column, state))
     flat = u.astype(work).reshape(-1, T)
     x = _start(state, (*u.shape[:-1], N), work)
-    on_host = all(isinstance(v, np.ndarray) for v in (A, B, dt)) and not isinstance(
+    on_host = all(isinstance(v, np.ndarray) for v in (matrix, column, steps)) and not isinstance(
         alpha, jax.Array
     )
-    values, which = np.unique(dt, return_inverse=True) if on_host else (None, None)
+    values, which = np.unique(steps, return_inverse=True) if on_host else (None, None)
     if values is not None and which is not None and len(values) <= 16:
-        table = [jnp.asarray(v, work) for v in discretize(A, B, values, method=method, alpha=alpha)]
+        table = [
+            jnp.asarray(v, work)
+            for v in discretize(matrix, column, values, method=method, alpha=alpha)
+        ]
 
         def pick(k):
             return table[0][k], table[1][k]
 
         steps = jnp.asarray(which.reshape(-1), jnp.int32)
     else:
-        A, B = jnp.asarray(A).astype(work), jnp.asarray(B).astype(work)
+        matrix, column = jnp.asarray(matrix).astype(work), jnp.asarray(column).astype(work)
 
         def pick(step):
-            return discretize(A, B, step, method=method, alpha=alpha)
+            return discretize(matrix, column, step, method=method, alpha=alpha)
 
-        steps = jnp.asarray(dt).astype(jnp.finfo(work).dtype)
+        steps = jnp.asarray(steps).astype(jnp.finfo(work).dtype)
 
     def body(carry, inputs):
         u_k, step = inputs

@@ -99,7 +99,7 @@ def _lmu(N: int) -> tuple[np.ndarray, np.ndarray]:
 def _legs(N: int) -> tuple[np.ndarray, np.ndarray]:
     n = np.arange(N)
     r = np.sqrt(2 * n + 1.0)
-    return -np.tril(np.outer(r, r), -1) - np.diag(n + 1.0), r
+    return np.tril(-np.outer(r, r), -1) + np.diag(-(n + 1.0)), r
 
 
 def _lagt(N: int, decay: float) -> tuple[np.ndarray, np.ndarray]:

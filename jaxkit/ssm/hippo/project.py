@@ -94,17 +94,19 @@ def project(
         check_steps("dt", dt)
         if jnp.ndim(dt) not in (0, 1) or (jnp.ndim(dt) == 1 and jnp.shape(dt) != (T,)):
             raise ValueError(f"dt must be a scalar or [{T}]; got shape {tuple(jnp.shape(dt))}.")
+    steps: Any = dt
+    ends: Any = times
     if measure in SCALED_MEASURES:
-        if dt is not None and jnp.ndim(dt) == 1:
-            times = jnp.cumsum(dt) if isinstance(dt, jax.Array) else np.cumsum(np.asarray(dt))
-        if times is not None:
-            times = check_increasing("times", times, T, above=0.0, meaning="time")
+        if steps is not None and jnp.ndim(steps) == 1:
+            ends = jnp.cumsum(steps) if isinstance(steps, jax.Array) else np.cumsum(steps)
+        if ends is not None:
+            ends = check_increasing("times", ends, T, above=0.0, meaning="time")
     if measure == "legs":
         states = legs_scan(
             u,
             N,
             method="bilinear" if method is None else method,
-            times=times,
+            times=ends,
             alpha=alpha,
             weight=weight,
             form="associative" if parallel else "sequential",
@@ -118,26 +120,26 @@ def project(
         return states * jnp.expand_dims(factor, range(states.ndim - 1))
     A, B = transition(measure, N, window=window, decay=decay, norm=norm, complex_form=complex_form)
     if measure == "fous":
-        return _fous(u, A, B, norm, method, times, alpha, last_only)
+        return _fous(u, A, B, norm, method, ends, alpha, last_only)
     method = "zoh" if method is None else method
     check_choice("method", method, LTI_METHODS)
-    if times is not None:
-        times = check_increasing("times", times, T, above=0.0, meaning="time")
-        dt = (
-            jnp.diff(times, prepend=jnp.zeros_like(times[:1]))
-            if is_traced(times)
-            else np.diff(times, prepend=0.0)
+    if ends is not None:
+        ends = check_increasing("times", ends, T, above=0.0, meaning="time")
+        steps = (
+            jnp.diff(ends, prepend=jnp.zeros_like(ends[:1]))
+            if is_traced(ends)
+            else np.diff(ends, prepend=0.0)
         )
-    if dt is None:
+    if steps is None:
         raise ValueError(
             f"dt or times must be given for measure {measure!r}, whose window is a time."
         )
-    if jnp.ndim(dt) == 0:
-        A_bar, B_bar = discretize(A, B, dt, method=method, alpha=alpha)
+    if jnp.ndim(steps) == 0:
+        A_bar, B_bar = discretize(A, B, steps, method=method, alpha=alpha)
         return lti_scan(A_bar, B_bar, u, chunk=chunk if parallel else None, last_only=last_only)
     if parallel:
         raise ValueError("parallel must be False for varying steps: chunks need a fixed step.")
-    return lti_scan_varying(A, B, u, dt, method=method, alpha=alpha, last_only=last_only)
+    return lti_scan_varying(A, B, u, steps, method=method, alpha=alpha, last_only=last_only)
 
 
 def _fous(

@@ -217,9 +217,10 @@ def reconstruct(
         check_real("now", now, above=0.0)
         if is_traced(times) or is_traced(now):
             real = jnp.finfo(work_dtype(jnp.finfo(x.dtype).dtype)).dtype
-            t, end = jnp.asarray(times).astype(real), jnp.asarray(now).astype(real)
+            t: Any = jnp.asarray(times).astype(real)
+            end: Any = jnp.asarray(now).astype(real)
         else:
-            t, end = np.asarray(times, np.float64), float(now)
+            t, end = np.asarray(times, np.float64), float(np.asarray(now))
         s = t / end if measure in SCALED_MEASURES else 1 - (end - t) / window
     if not isinstance(s, jax.Array):
         s = np.asarray(s)
