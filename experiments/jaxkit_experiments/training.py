@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -345,7 +346,8 @@ class _Program:
         params, other = shapes
         make: Any = optimizer
         self._tx = make if isinstance(make, optax.GradientTransformation) else make(params)
-        state = (params, other, jax.eval_shape(self._tx.init, params))
+        with _optax_numerics():
+            state = (params, other, jax.eval_shape(self._tx.init, params))
         self.shardings = _shardings(state, mesh, param_sharding)
 
     def _init_model(self, key: jax.Array) -> tuple[Any, Any]:
@@ -363,8 +365,8 @@ class _Program:
 
         def all_seeds() -> Any:
             params, other = jax.vmap(self._init_model)(self._keys()[0])
-            # Copies: what optimizers keep of the parameters must not be the donated buffers.
-            return params, other, jax.vmap(self._tx.init)(params)
+            with _optax_numerics():
+                return params, other, jax.vmap(self._tx.init)(params)
 
         return jax.jit(all_seeds, out_shardings=self.shardings)()
 
@@ -376,8 +378,9 @@ class _Program:
             return value, (parts[2], metrics)
 
         (value, (other, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, opt_state = self._tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        with _optax_numerics():
+            updates, opt_state = self._tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(params):
             finite &= jnp.all(jnp.isfinite(leaf))
@@ -408,6 +411,13 @@ class _Program:
             return dict(function(model, data))
 
         return jax.vmap(one)(*state[:2])
+
+
+@contextmanager
+def _optax_numerics() -> Iterator[None]:
+    """optax promotes dtypes (`b1**count`), which a program may have forbidden for its own code."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _shardings(state: Any, mesh: Mesh, rule: ShardingRule | None) -> Any:
