@@ -1,5 +1,6 @@
 """The only code that chooses between implementations of an operation."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -13,6 +14,7 @@ __all__ = [
     "check_implementation",
     "compute_dtype",
     "dispatch",
+    "lazy",
 ]
 
 Implementation: TypeAlias = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
@@ -53,6 +55,27 @@ def compute_dtype(dtype: Any) -> Any:
     """
     wide = jnp.dtype(dtype) == jnp.dtype("float64")
     return jnp.dtype("float64") if wide else jnp.dtype("float32")
+
+
+def lazy(module: str, function: str, **options: Any) -> Callable[..., Any]:
+    """A function of a module that is imported at the first call only.
+
+    Not every installation of JAX carries the parts that the Pallas backends import; where they
+    are missing, the implementation is refused like any other that does not apply.
+
+    Example:
+        >>> lazy("operator", "add")(1, 2)
+        3
+    """
+
+    def call(*operands: Any) -> Any:
+        try:
+            loaded = importlib.import_module(module)
+        except ImportError as error:
+            raise NotImplementedError(f"{module} cannot be imported here: {error}") from error
+        return getattr(loaded, function)(*operands, **options)
+
+    return call
 
 
 def _first_supported(

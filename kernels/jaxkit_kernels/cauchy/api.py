@@ -14,14 +14,17 @@ __all__ = ["dplr_generating_function"]
 
 Pair = tuple[Array, Array]
 _BLOCKS = (_blocks.CauchyXlaBlocks, _blocks.CauchyTpuBlocks, _blocks.CauchyGpuBlocks)
+_PACKAGE = "jaxkit_kernels.cauchy"
 
 
 def _forward_table(static: tuple[Any, ...]) -> dict[str, Any]:
     length, _, block_sizes, interpret = static
     options = {"length": length, "block_sizes": block_sizes}
-    del interpret
+    kernel = {**options, "interpret": interpret}
     return {
         "xla": partial(xla.forward, **options),
+        "pallas_tpu": _dispatch.lazy(f"{_PACKAGE}.pallas_tpu", "forward", **kernel),
+        "pallas_gpu": _dispatch.lazy(f"{_PACKAGE}.pallas_gpu", "forward", **kernel),
         "reference": partial(reference.forward, length=length),
     }
 
@@ -29,13 +32,18 @@ def _forward_table(static: tuple[Any, ...]) -> dict[str, Any]:
 def _backward_table(static: tuple[Any, ...]) -> dict[str, Any]:
     length, _, block_sizes, interpret = static
     options = {"length": length, "block_sizes": block_sizes}
-    del interpret
+    kernel = {**options, "interpret": interpret}
 
     def by_definition(alpha, beta, re, im, ct_re, ct_im):
         _, pull = jax.vjp(partial(reference.forward, length=length), alpha, beta, re, im)
         return pull((ct_re, ct_im))
 
-    return {"xla": partial(xla.backward, **options), "reference": by_definition}
+    return {
+        "xla": partial(xla.backward, **options),
+        "pallas_tpu": _dispatch.lazy(f"{_PACKAGE}.pallas_tpu", "backward", **kernel),
+        "pallas_gpu": _dispatch.lazy(f"{_PACKAGE}.pallas_gpu", "backward", **kernel),
+        "reference": by_definition,
+    }
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,14 +19,17 @@ _BLOCKS = (
 )
 # Positions are split into two halves of 12 bits (`phase.fraction`).
 _LONGEST = 1 << 24
+_PACKAGE = "jaxkit_kernels.vandermonde"
 
 
 def _forward_table(static: tuple[Any, ...]) -> dict[str, Any]:
     length, _, block_sizes, interpret = static
     options = {"length": length, "block_sizes": block_sizes}
-    del interpret
+    kernel = {**options, "interpret": interpret}
     return {
         "xla": partial(xla.forward, **options),
+        "pallas_tpu": _dispatch.lazy(f"{_PACKAGE}.pallas_tpu", "forward", **kernel),
+        "pallas_gpu": _dispatch.lazy(f"{_PACKAGE}.pallas_gpu", "forward", **kernel),
         "reference": partial(reference.forward, length=length),
     }
 
@@ -34,13 +37,18 @@ def _forward_table(static: tuple[Any, ...]) -> dict[str, Any]:
 def _backward_table(static: tuple[Any, ...]) -> dict[str, Any]:
     length, _, block_sizes, interpret = static
     options = {"length": length, "block_sizes": block_sizes}
-    del interpret
+    kernel = {**options, "interpret": interpret}
 
     def by_definition(alpha, beta, v_re, v_im, cotangent):
         _, pull = jax.vjp(partial(reference.forward, length=length), alpha, beta, v_re, v_im)
         return pull(cotangent)
 
-    return {"xla": partial(xla.backward, **options), "reference": by_definition}
+    return {
+        "xla": partial(xla.backward, **options),
+        "pallas_tpu": _dispatch.lazy(f"{_PACKAGE}.pallas_tpu", "backward", **kernel),
+        "pallas_gpu": _dispatch.lazy(f"{_PACKAGE}.pallas_gpu", "backward", **kernel),
+        "reference": by_definition,
+    }
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

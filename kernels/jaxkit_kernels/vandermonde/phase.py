@@ -5,11 +5,16 @@ phase. Turns $\beta / 2 \pi$ are kept as an unevaluated sum of short numbers ins
 with (the two halves of) $l$ are exact; whole turns are dropped before anything is rounded.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["TURN", "fraction", "split_turns"]
+__all__ = ["TURN", "Turns", "fraction", "fraction_of", "split_turns"]
+
+Turns: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 TURN = 2 * np.pi
 _LOW_BITS = 12
@@ -21,7 +26,7 @@ def _short(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFF000), jnp.float32)
 
 
-def split_turns(beta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_turns(beta: jax.Array) -> Turns:
     r"""$\beta / 2 \pi$ as high + middle + low: two numbers of 12 bits and a remainder.
 
     Args:
@@ -56,7 +61,7 @@ def split_turns(beta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return high, total - high, error
 
 
-def fraction(position: jax.Array, turns: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def fraction(position: jax.Array, turns: Turns) -> jax.Array:
     """Fractional part, in [-1/2, 1/2], of position times turns.
 
     Args:
@@ -66,15 +71,25 @@ def fraction(position: jax.Array, turns: tuple[jax.Array, jax.Array, jax.Array])
     Returns:
         Turns without the whole ones.
     """
-    high, middle, low = turns
-    if high.dtype != jnp.float32:
-        product = position.astype(high.dtype) * high
+    if turns[0].dtype != jnp.float32:
+        product = position.astype(turns[0].dtype) * turns[0]
         return product - jnp.floor(product + 0.5)
     lower = position & ((1 << _LOW_BITS) - 1)
-    pieces = [(position - lower).astype(jnp.float32), lower.astype(jnp.float32)]
-    total = position.astype(jnp.float32) * low
+    return fraction_of(((position - lower).astype(jnp.float32), lower.astype(jnp.float32)), turns)
+
+
+def _drop_turns(x: jax.Array) -> jax.Array:
+    """x minus the nearest whole number, with additions alone: not every backend has `floor`."""
+    # From 2^22 on the nearest multiple of a small power of two goes: still exact, still whole.
+    return x - ((x + 12582912.0) - 12582912.0)
+
+
+def fraction_of(pieces: Sequence[jax.Array], turns: Turns) -> jax.Array:
+    """As `fraction`, for a position given as a sum of float32 integers of 12 bits each."""
+    high, middle, low = turns
+    total = sum(pieces[1:], start=pieces[0]) * low
     for piece in pieces:
         for part in (middle, high):
             product = piece * part  # exact: 12 bits times 12 bits
-            total = total + (product - jnp.floor(product + 0.5))
-    return total - jnp.floor(total + 0.5)
+            total = total + _drop_turns(product)
+    return _drop_turns(total)
