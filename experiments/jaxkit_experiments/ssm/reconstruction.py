@@ -185,8 +185,9 @@ def legs_last_state(arm: str, u: np.ndarray, state: int) -> np.ndarray:
     """Last LegS state [batch, N] of signals [batch, T], float32 arithmetic, O(N) memory.
 
     Example:
-        >>> legs_last_state("legs", np.ones((1, 8)), 2).round(4).tolist()
-        [[1.0, 0.0]]
+        >>> mean, slope = legs_last_state("legs", np.ones((1, 8)), 2)[0]
+        >>> bool(abs(mean - 1) < 1e-6), bool(abs(slope) < 1e-6)
+        (True, True)
     """
     signals = jnp.asarray(u, jnp.float32)
     last = legs_scan(signals, state, last_only=True, **_LEGS_OPTIONS[arm])
