@@ -232,7 +232,7 @@ def _log1p(value: Array) -> Array:
     return jax.lax.complex(0.5 * jnp.log1p(x * (2.0 + x) + y * y), jnp.arctan2(y, 1.0 + x))
 
 
-def _vandermonde(log_transition: Array, weights: Array, length: int, implementation: str) -> Array:
+def _vandermonde(log_transition: Array, weights: Array, length: int, implementation: Any) -> Array:
     """`Σ weights e^{l · log_transition}` over all states, pairs counted twice."""
     if jnp.iscomplexobj(log_transition):
         if not jnp.iscomplexobj(weights):
@@ -254,7 +254,7 @@ def kernel(
     band_limit: float | None = None,
     discretization: str = "zoh",
     stability: str = "exp",
-    implementation: str = "auto",
+    implementation: Any = "auto",
 ) -> Float[Array, "heads length"]:
     """The convolution kernel `K_l = 2 Re Σ C Ā^l B̄` (without D), of any length.
 
@@ -514,7 +514,7 @@ def free_response(
     l_max: int | None = None,
     discretization: str = "zoh",
     stability: str = "exp",
-    implementation: str = "auto",
+    implementation: Any = "auto",
 ) -> Float[Array, "*batch length heads"]:
     """What a state `x_0` alone puts out: `K^state_l = C Ā^{l+1} x_0`.
 

@@ -459,7 +459,7 @@ def _is_one(rate: Any) -> bool:
     return isinstance(rate, int | float) and rate == 1
 
 
-def _generate(parts: _Continuous, vector: Any, length: int, implementation: str) -> Array:
+def _generate(parts: _Continuous, vector: Any, length: int, implementation: Any) -> Array:
     """`C̃ (I − zĀ)^{-1} (I − εA/2)^{-1} vector` on the unit circle, back in time: `[H, length]`."""
 
     def both(value: Array) -> tuple[Array, Array]:
@@ -492,7 +492,7 @@ def kernel(
     l_max: int | None = None,
     band_limit: float | None = None,
     stability: str = "exp",
-    implementation: str = "auto",
+    implementation: Any = "auto",
 ) -> Float[Array, "heads length"]:
     """The convolution kernel `K_l = 2 Re Σ C Ā^l B̄` (without D).
 
@@ -793,7 +793,7 @@ def free_response(
     *,
     l_max: int | None = None,
     stability: str = "exp",
-    implementation: str = "auto",
+    implementation: Any = "auto",
 ) -> Float[Array, "*batch length heads"]:
     """What a state `x_0` alone puts out: `K^state_l = C Ā^{l+1} x_0`.
 

@@ -19,13 +19,13 @@ from flax import nnx
 
 from jaxkit._checks import check_choice, check_int
 from jaxkit._typing import Array, DType, Float, Params
-from jaxkit.ssm import diag, dplr
+from jaxkit.ssm import diag, dplr, rtf
 from jaxkit.ssm._modes import check_sequence
 from jaxkit.ssm.conv import fft_conv, fft_conv_bidirectional
 
 __all__ = ["S4", "FrozenSSMParam", "Recurrent", "SSMParam"]
 
-KERNELS: dict[str, ModuleType] = {"dplr": dplr, "diag": diag}
+KERNELS: dict[str, ModuleType] = {"dplr": dplr, "diag": diag, "rtf": rtf}
 
 
 class SSMParam(nnx.Param):
@@ -64,6 +64,8 @@ class S4(nnx.Module):
       halve_input: B/2 for `diag` with `legs`.
       frozen: Keep Λ, P and B as they are initialised.
       band_limit: Zero C where ε|Im Λ|/2π ≥ ½ · band_limit.
+      constraint: Of `rtf`: `l1` keeps every pole inside the unit disc.
+      feedthrough: Of `rtf`: the paper's form with h_0.
       implementation: Of the kernel; see `jaxkit_kernels`.
       dtype: float32 or float64.
       rngs: Random keys; `params` is used.
@@ -101,7 +103,9 @@ class S4(nnx.Module):
         halve_input: bool = False,
         frozen: bool = False,
         band_limit: float | None = None,
-        implementation: str = "auto",
+        constraint: str | None = None,
+        feedthrough: bool = True,
+        implementation: Any = "auto",
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -131,9 +135,10 @@ class S4(nnx.Module):
                 "dt_max": dt_max,
                 "tie_step": tie_step,
             }
-        elif init is not None:
-            common["init"] = init
-        if kernel == "dplr":
+        else:
+            common |= {"constraint": constraint, "feedthrough": feedthrough}
+            common |= {} if init is None else {"init": init}
+        if kernel != "diag":
             common["l_max"] = self.l_max
         if kernel == "diag":
             common["halve_input"] = halve_input
@@ -186,7 +191,7 @@ class S4(nnx.Module):
 
     def _options(self) -> dict[str, Any]:
         if self.kernel_name == "rtf":
-            return {}
+            return {"l_max": self.l_max}
         options: dict[str, Any] = {
             "l_max": self.l_max,
             "stability": self.stability,
@@ -316,7 +321,7 @@ class Recurrent(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.bidirectional = False
         if cell == "gru":
-            self.cell: nnx.Module = nnx.GRUCell(heads, heads, param_dtype=dtype, rngs=rngs)
+            self.cell: Any = nnx.GRUCell(heads, heads, param_dtype=dtype, rngs=rngs)
         else:
             lstm = nnx.OptimizedLSTMCell(heads, heads, param_dtype=dtype, rngs=rngs)
             # Gates are stacked as input, forget, cell, output.
@@ -342,7 +347,7 @@ class Recurrent(nnx.Module):
 
     def step(self, state: Any, u: Array, *, system: Any = None) -> tuple[Array, Any]:
         """One step."""
-        state, y = self.cell(state, u)  # type: ignore[operator]
+        state, y = self.cell(state, u)
         return y, state
 
     def prefill(self, state: Any, u: Array, *, system: Any = None) -> tuple[Array, Any]:

@@ -24,12 +24,12 @@ class ModelState(NamedTuple):
     Attributes:
       layers: One state for each block.
       total: Sum of the features that count for the pool, `[*batch, heads]`; for `last` the latest.
-      count: How many counted, `[*batch]`.
+      seen: How many counted, `[*batch]`.
     """
 
     layers: tuple[Any, ...]
     total: Array
-    count: Array
+    seen: Array
 
 
 def _mixer(kind: str, heads: int, state_size: int, options: dict[str, Any]) -> Any:
@@ -364,7 +364,7 @@ class SequenceModel(nnx.Module):
             total = jnp.where(count[..., None] > 0, total, state.total)
         else:
             total = state.total + total
-        return total, state.count + count
+        return total, state.seen + count
 
     def prefill(
         self,
