@@ -175,6 +175,13 @@ def score(
     return loss, {"accuracy": metric} if classes else {"rmse": jnp.sqrt(metric)}
 
 
+def test_inputs(task: tasks.Task, count: int | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """The first test sequences, and their mask if lengths differ."""
+    mask = task.test.get("mask")
+    inputs = jnp.asarray(task.test["inputs"][:count])
+    return inputs, None if mask is None else jnp.asarray(mask[:count])
+
+
 def step_by_step(model: SequenceModel, inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
     """The model's outputs from its recurrence, one position at a time."""
     systems = model.discretize()
@@ -202,8 +209,8 @@ class SequenceExperiment(Experiment):
         "arXiv 2405.06147",
         "kexue.fm 10162, 10180",
     )
-    columns = ("accuracy", "steps_per_second", "seconds")
-    config_class = SequenceConfig
+    columns: ClassVar[tuple[str, ...]] = ("accuracy", "steps_per_second", "seconds")
+    config_class: ClassVar[type] = SequenceConfig
     # How many test sequences the recurrence is compared on.
     stepped: ClassVar[int] = 540
 
@@ -252,9 +259,7 @@ class SequenceExperiment(Experiment):
 
     def _compare_forms(self, task: tasks.Task, models: list[Any]) -> dict[str, list[float]]:
         """How far the recurrence is from the convolution, and how often both decide alike."""
-        inputs = jnp.asarray(task.test["inputs"][: self.stepped])
-        mask = task.test.get("mask")
-        mask = None if mask is None else jnp.asarray(mask[: self.stepped])
+        inputs, mask = test_inputs(task, self.stepped)
         outputs: dict[str, list[float]] = {"recurrent_difference": [], "recurrent_agreement": []}
         graph = nnx.graphdef(models[0])
         convolve = jax.jit(lambda values: nnx.merge(graph, values)(inputs, mask=mask))
@@ -268,9 +273,9 @@ class SequenceExperiment(Experiment):
         return outputs
 
     def _keep_confusion(self, task: tasks.Task, models: list[Any], arm: str, ctx: Context) -> None:
-        inputs, targets = jnp.asarray(task.test["inputs"]), task.test["targets"]
-        mask = task.test.get("mask")
-        mask = None if mask is None else jnp.asarray(mask)
+        inputs, mask = test_inputs(task)
+        targets = task.test["targets"]
+        assert task.classes is not None
         graph = nnx.graphdef(models[0])
         decide = jax.jit(
             lambda values: jnp.argmax(nnx.merge(graph, values)(inputs, mask=mask), axis=-1)
@@ -522,7 +527,7 @@ class Copying(SequenceExperiment):
     }
     paper_note = "RTF paper, table 2: 64 symbols, length 1024, state 64."
     stepped = 64
-    claims = (
+    claims: ClassVar[tuple[Claim, ...]] = (
         Claim(
             "A HiPPO-derived diagonal layer copies better than a random one, by 30 points.",
             "arXiv 2206.12037; arXiv 2206.11893",
@@ -589,7 +594,7 @@ class SelectiveCopying(Copying):
     )
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"accuracy": 0.183}}
     paper_note = "Mamba paper (arXiv 2312.00752): 16 tokens, length 4096."
-    claims = (
+    claims: ClassVar[tuple[Claim, ...]] = (
         Claim(
             "A time-invariant layer does not solve selective copying: S4 stays below 60 %.",
             "arXiv 2312.00752 (S4: 18.3 %)",
@@ -642,7 +647,7 @@ class Delay(SequenceExperiment):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"rmse": 0.41}}
     paper_note = "RTF paper, table 2: delay by 1000, state 64."
     stepped = 32
-    claims = (
+    claims: ClassVar[tuple[Claim, ...]] = (
         Claim("S4 delays better than a GRU.", "arXiv 2206.12037", _lower("s4-legs", "gru", 0.9)),
         Claim(
             "Complex modes delay better than real ones.",
@@ -712,7 +717,7 @@ class Adding(SequenceExperiment):
     config_class = AddingConfig
     columns = ("rmse", "steps_per_second", "seconds")
     stepped = 64
-    claims = (
+    claims: ClassVar[tuple[Claim, ...]] = (
         Claim(
             "S4 is better than always answering 1 (root mean squared error .408), by half.",
             "Hochreiter, Schmidhuber 1997 (the task)",
@@ -781,7 +786,7 @@ class ListOps(SequenceExperiment):
     }
     paper_note = "Long Range Arena, lengths 500 to 2000, 96 000 expressions, 40 epochs."
     stepped = 32
-    claims = (
+    claims: ClassVar[tuple[Claim, ...]] = (
         Claim(
             "S4 learns more than the root operator: at least 5 points ahead of that shortcut.",
             "arXiv 2111.00396 (59.6 % against .371 for the shortcut)",
