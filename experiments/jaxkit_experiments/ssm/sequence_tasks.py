@@ -175,7 +175,7 @@ def score(
     return loss, {"accuracy": metric} if classes else {"rmse": jnp.sqrt(metric)}
 
 
-def test_inputs(task: tasks.Task, count: int | None = None) -> tuple[jax.Array, jax.Array | None]:
+def held_out(task: tasks.Task, count: int | None = None) -> tuple[jax.Array, jax.Array | None]:
     """The first test sequences, and their mask if lengths differ."""
     mask = task.test.get("mask")
     inputs = jnp.asarray(task.test["inputs"][:count])
@@ -259,7 +259,7 @@ class SequenceExperiment(Experiment):
 
     def _compare_forms(self, task: tasks.Task, models: list[Any]) -> dict[str, list[float]]:
         """How far the recurrence is from the convolution, and how often both decide alike."""
-        inputs, mask = test_inputs(task, self.stepped)
+        inputs, mask = held_out(task, self.stepped)
         outputs: dict[str, list[float]] = {"recurrent_difference": [], "recurrent_agreement": []}
         graph = nnx.graphdef(models[0])
         convolve = jax.jit(lambda values: nnx.merge(graph, values)(inputs, mask=mask))
@@ -273,7 +273,7 @@ class SequenceExperiment(Experiment):
         return outputs
 
     def _keep_confusion(self, task: tasks.Task, models: list[Any], arm: str, ctx: Context) -> None:
-        inputs, mask = test_inputs(task)
+        inputs, mask = held_out(task)
         targets = task.test["targets"]
         assert task.classes is not None
         graph = nnx.graphdef(models[0])
