@@ -66,7 +66,7 @@ def check_steps(name: str, dt: Any) -> None:
     if is_traced(dt):
         return
     steps = np.asarray(dt)
-    if steps.dtype == object or np.iscomplexobj(steps):
+    if not (np.issubdtype(steps.dtype, np.integer) or jnp.issubdtype(steps.dtype, jnp.floating)):
         raise TypeError(f"{name} must be real numbers; got {dt!r}.")
     good = np.isfinite(steps) & (steps > 0)
     if not good.all():

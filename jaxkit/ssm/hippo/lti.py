@@ -194,8 +194,8 @@ def lti_scan_varying(
       >>> import jax.numpy as jnp, numpy as np
       >>> A, B = np.array([[0.0]]), np.array([1.0])
       >>> dt = np.array([1.0, 2.0, 1.0])
-      >>> print(lti_scan_varying(A, B, jnp.ones(3), dt)[:, 0].round(3))
-      [1. 3. 4.]
+      >>> [round(v, 3) for v in lti_scan_varying(A, B, jnp.ones(3), dt)[:, 0].tolist()]
+      [1.0, 3.0, 4.0]
 
     Cost: O(N³) for every step that is discretized.
 
