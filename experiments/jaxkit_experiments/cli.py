@@ -113,6 +113,7 @@ def _run(arguments: list[str]) -> int:
     else:
         raise _UsageError(f"run takes the NAME of an experiment first: {', '.join(REGISTRY)}.")
     known, overrides = parser.parse_known_args(arguments)
+    _join_processes()  # before anything that an experiment's module might ask of a device
     experiment = load_experiment(name)
     _choose("preset", known.preset, experiment.presets)
     if wants_help:
@@ -127,7 +128,6 @@ def _run(arguments: list[str]) -> int:
     from jaxkit_experiments.runfolder import RunError
     from jaxkit_experiments.runner import run_experiment
 
-    _join_processes()
     out = known.out or Path("runs") / f"{name}-{known.preset}"
     if known.resume and not (out / "config.json").exists():
         raise _UsageError(f"--resume: there is no run in {out}.")
