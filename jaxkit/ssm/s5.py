@@ -325,7 +325,10 @@ def init_state(
     Source: Smith, Warrington, Linderman 2022 (arXiv 2208.04933).
     """
     size = inits.check_state_size(state_size)
-    return jnp.zeros((*batch_shape, size // 2), jnp.result_type(dtype, jnp.complex64))
+    return jnp.zeros(
+        (*batch_shape, size // 2),
+        jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64,
+    )
 
 
 def _check_u(u: Any, skip: Array, *, axes: int) -> None:

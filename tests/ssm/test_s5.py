@@ -12,6 +12,8 @@ from jaxkit.ssm.conv import fft_conv
 from tests.tolerance import tol
 
 HEADS, SIZE, LENGTH = 3, 8, 12
+apply = jax.jit(s5.apply, static_argnames=("discretization", "chunk_size", "stability"))
+prefill = jax.jit(s5.prefill, static_argnames="chunk_size")
 
 
 @functools.cache
@@ -98,7 +100,7 @@ def test_initial_scales():
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_scan_equals_the_full_recurrence(discretization, chunk):
     params, u = make()
-    got = s5.apply(params, u, discretization=discretization, chunk_size=chunk)
+    got = apply(params, u, discretization=discretization, chunk_size=chunk)
     want = loop(params, u, discretization)
     np.testing.assert_allclose(got, want, atol=tol("float64", LENGTH) * 4)
 
@@ -106,7 +108,7 @@ def test_scan_equals_the_full_recurrence(discretization, chunk):
 @pytest.mark.parametrize("discretization", s5.DISCRETIZATIONS)
 def test_steps_and_any_split_equal_the_scan(discretization):
     params, u = make()
-    want = s5.apply(params, u, discretization=discretization)
+    want = apply(params, u, discretization=discretization)
     system = s5.discretize(params, discretization=discretization)
     state = s5.init_state(SIZE, batch_shape=(2,), dtype=jnp.float64)
     one = jax.jit(s5.step)
@@ -120,7 +122,7 @@ def test_steps_and_any_split_equal_the_scan(discretization):
         state = s5.init_state(SIZE, batch_shape=(2,), dtype=jnp.float64)
         parts, start = [], 0
         for cut in cuts:
-            part, state = s5.prefill(system, state, u[:, start:cut], chunk_size=4)
+            part, state = prefill(system, state, u[:, start:cut], chunk_size=4)
             parts.append(part)
             start = cut
         np.testing.assert_allclose(jnp.concatenate(parts, 1), want, atol=tol("float64", LENGTH))
@@ -131,16 +133,14 @@ def test_bidirectional_runs_a_second_scan_from_the_end():
     params, u = make(bidirectional=True)
     forward = {name: value for name, value in params.items() if name != "c_backward"}
     backward = {**forward, "c": params["c_backward"], "d": jnp.zeros(HEADS)}
-    want = s5.apply(forward, u) + jnp.flip(s5.apply(backward, jnp.flip(u, 1)), 1)
-    np.testing.assert_allclose(s5.apply(params, u), want, atol=tol("float64", LENGTH))
-    np.testing.assert_allclose(
-        s5.apply(forward, u), loop(forward, u), atol=tol("float64", LENGTH) * 4
-    )
+    want = apply(forward, u) + jnp.flip(apply(backward, jnp.flip(u, 1)), 1)
+    np.testing.assert_allclose(apply(params, u), want, atol=tol("float64", LENGTH))
+    np.testing.assert_allclose(apply(forward, u), loop(forward, u), atol=tol("float64", LENGTH) * 4)
 
 
 def test_causality_by_the_jacobian():
     params, u = make()
-    jacobian = jax.jacobian(lambda x: s5.apply(params, x))(u[0])
+    jacobian = jax.jacobian(lambda x: apply(params, x))(u[0])
     for k in range(LENGTH):
         assert not jacobian[k, :, k + 1 :].any()
         assert jacobian[k, :, k].any()
@@ -157,7 +157,7 @@ def test_one_input_one_output_is_a_diagonal_layer():
         taps = 2 * np.einsum("hm,lm,m->hl", c, powers, b_bar[:, j]).real
         one = jnp.broadcast_to(u[..., j : j + 1], u.shape)
         want = want + np.asarray(fft_conv(one, jnp.asarray(taps)))
-    np.testing.assert_allclose(s5.apply(params, u), want, atol=tol("float64", LENGTH) * 4)
+    np.testing.assert_allclose(apply(params, u), want, atol=tol("float64", LENGTH) * 4)
 
 
 def test_irregular_steps():
@@ -165,20 +165,20 @@ def test_irregular_steps():
     steps = np.random.default_rng(3).uniform(0.1, 3.0, LENGTH)
     want = loop(params, u, steps=steps)
     for given in (steps, np.tile(steps, (2, 1))):
-        got = s5.apply(params, u, steps=jnp.asarray(given))
+        got = apply(params, u, steps=jnp.asarray(given))
         np.testing.assert_allclose(got, want, atol=tol("float64", LENGTH) * 4)
-    same = s5.apply(params, u, steps=jnp.ones(LENGTH))
-    np.testing.assert_allclose(same, s5.apply(params, u), atol=tol("float64", LENGTH))
+    same = apply(params, u, steps=jnp.ones(LENGTH))
+    np.testing.assert_allclose(same, apply(params, u), atol=tol("float64", LENGTH))
 
 
 def test_rate_is_exact_for_held_inputs():
     """Twice the step = the same held signal with every input given twice, read every second."""
     params, u = make()
     params = {**params, "d": jnp.zeros(HEADS)}
-    held = s5.apply(params, jnp.repeat(u, 2, axis=1))[:, 1::2]
-    np.testing.assert_allclose(s5.apply(params, u, rate=2.0), held, atol=tol("float64", LENGTH))
+    held = apply(params, jnp.repeat(u, 2, axis=1))[:, 1::2]
+    np.testing.assert_allclose(apply(params, u, rate=2.0), held, atol=tol("float64", LENGTH))
     np.testing.assert_allclose(
-        s5.apply(params, u, rate=0.5, discretization="bilinear"),
+        apply(params, u, rate=0.5, discretization="bilinear"),
         loop(params, u, "bilinear", rate=0.5),
         atol=tol("float64", LENGTH) * 4,
     )
@@ -186,7 +186,7 @@ def test_rate_is_exact_for_held_inputs():
 
 def test_gradients_flow_to_every_parameter():
     params, u = make(bidirectional=True)
-    loss = jax.jit(lambda p: jnp.sum(s5.apply(p, u, chunk_size=4) ** 2))
+    loss = jax.jit(lambda p: jnp.sum(apply(p, u, chunk_size=4) ** 2))
     grads = jax.grad(loss)(params)
     for name, value in params.items():
         direction = jnp.asarray(np.random.default_rng(0).standard_normal(value.shape))
@@ -200,7 +200,7 @@ def test_gradients_flow_to_every_parameter():
 def test_float32_and_bfloat16():
     params = s5.init_params(jax.random.key(0), 4, 16)
     u = jnp.asarray(np.random.default_rng(0).standard_normal((1, 200, 4)), jnp.float32)
-    got = jax.jit(s5.apply)(params, u)
+    got = apply(params, u)
     eigenvalues, b, c, delta, d = host(params)
     a_bar = np.exp(delta * eigenvalues)
     b_bar = (np.expm1(delta * eigenvalues) / eigenvalues)[:, None] * b
@@ -211,7 +211,7 @@ def test_float32_and_bfloat16():
     assert got.dtype == jnp.float32
     error = np.abs(np.asarray(got[0]) - np.array(want)).max() / np.abs(want).max()
     assert error < tol("float32", 16)
-    low = s5.apply(params, u.astype(jnp.bfloat16))
+    low = apply(params, u.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
     system, state = s5.discretize(params), s5.init_state(16, batch_shape=(1,))
     y, state = s5.step(system, state, u[:, 0].astype(jnp.bfloat16))
