@@ -1,0 +1,1 @@
+"""State-space models: reconstruction, sequence tasks, the delay task, kernel speed."""
