@@ -255,7 +255,7 @@ def test_bench_prints_and_writes_what_it_measured(tmp_path, capsys):
     )
     differences = [line["value"] for line in record["lines"] if "difference" in line["name"]]
     assert len(differences) == 2
-    assert max(differences) < 1e-3
+    assert max(differences) < 1e-3, differences
 
 
 def test_targets_are_judged_both_ways():

@@ -462,7 +462,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/bench/ssm.json"), help="where the JSON goes"
     )
     options = parser.parse_args(argv)
-    console = Console()
+    # Wide enough for the tables where the output is a file or a pipe.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     record = bench(QUICK if options.quick else FULL, parts=options.parts, console=console)
     path = measure.write_json(options.out, record)
     console.print(f"Written: {path}")

@@ -488,20 +488,17 @@ def _ratio(slow: str, fast: str, least: float, min_length: int) -> Callable[[Res
 
 
 def _memory(results: Results) -> Verdict:
+    """What one more sample costs a channel in scratch; block buffers of fixed size do not count."""
     config = results.config
-    length, state = config.lengths[-1], config.states[-1]
-    if "dplr-fused" not in results.arms:
-        return Verdict("not testable", "dplr-fused was not run")
-    name = _size("temp_mb", length, state)
-    if not results.has("dplr-fused", name):
-        return Verdict("not testable", "the backend reports no memory plan for the largest size")
-    if config.heads * state * length < 1e6:
-        return Verdict("not testable", "too small to tell HL from HNL")
-    whole = config.heads * state * length * 4 / 1e6
-    got = results.mean("dplr-fused", name)
-    return Verdict(
-        "held" if got <= whole / 10 else "not held",
-        f"{got:.3g} MB of scratch; an [H, N, L] array is {whole:.3g} MB",
+    first, last, state = config.lengths[0], config.lengths[-1], config.states[-1]
+    if state < 64 or last < 4 * first:
+        return Verdict("not testable", "needs N >= 64 and lengths that differ fourfold")
+    growth = [results.mean("dplr-fused", _size("temp_mb", L, state)) for L in (first, last)]
+    floats = (growth[1] - growth[0]) * 1e6 / 4 / config.heads / (last - first)
+    return Verdict.of(
+        floats <= state / 10,
+        f"{floats:.3g} floats of scratch for each further sample of a channel at N={state}, "
+        f"{growth[1]:.3g} MB at L={last} (accepted {state / 10:g} floats)",
     )
 
 
