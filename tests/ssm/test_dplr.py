@@ -49,7 +49,9 @@ def dense_c(transition, tilde, length):
 def power_kernel(params, length, l_max, rate=1.0):
     """`C Ā^l B̄` by power iteration; C from C̃ with the step of rate 1."""
     rows = []
-    for (first, _, tilde), (transition, x, _) in zip(dense(params), dense(params, rate)):
+    for (first, _, tilde), (transition, x, _) in zip(
+        dense(params), dense(params, rate), strict=True
+    ):
         c = dense_c(first, tilde, l_max)
         taps = []
         for _ in range(length):
@@ -114,7 +116,7 @@ def test_transition_is_the_dense_matrix(init):
     params = make(init=init)
     got = np.asarray(dplr.transition(dplr.discretize(params, l_max=16)))
     x = np.random.default_rng(0).standard_normal((4, 2)) @ [1, 1j]
-    for real, (transition, _, _) in zip(got, dense(params)):
+    for real, (transition, _, _) in zip(got, dense(params), strict=True):
         expected = (transition @ np.concatenate([x, x.conj()]))[:4]
         close(real @ np.concatenate([x.real, x.imag]), np.r_[expected.real, expected.imag], 1e-13)
 
@@ -212,7 +214,9 @@ def test_truncation_on_host_and_in_graph_agree():
     in_graph = jax.jit(lambda p: dplr.from_truncated(p, length=12))(params)
     close(in_graph["c"], c["c"], 1e-13)
     close(dplr.to_truncated(c, length=12)["c"], params["c"], 1e-13)
-    for (transition, _, tilde), got in zip(dense(params), np.asarray(c["c"]) @ [1, 1j]):
+    for (transition, _, tilde), got in zip(
+        dense(params), np.asarray(c["c"]) @ [1, 1j], strict=True
+    ):
         close(got, dense_c(transition, tilde, 12)[:4], 1e-12)
 
 
@@ -369,7 +373,7 @@ def test_vmap_over_seeds_and_draws():
     create = lambda key: dplr.init_params(key, 2, 8, l_max=12, dtype=jnp.float64)
     stacked = jax.vmap(create)(keys)
     kernels = jax.jit(jax.vmap(lambda p: dplr.kernel(p, 12)))(stacked)
-    for key, got in zip(keys, kernels):
+    for key, got in zip(keys, kernels, strict=True):
         close(got, dplr.kernel(create(key), 12), 1e-12)
     params = make(heads=4000, size=2, length=4, dt_min=1e-3, dt_max=1e-1)
     c = dplr.from_truncated(params, length=4)["c"]
