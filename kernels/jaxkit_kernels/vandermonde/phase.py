@@ -73,15 +73,18 @@ def fraction(position: jax.Array, turns: Turns) -> jax.Array:
     """
     if turns[0].dtype != jnp.float32:
         product = position.astype(turns[0].dtype) * turns[0]
-        return product - jnp.floor(product + 0.5)
+        return _drop_turns(product)
     lower = position & ((1 << _LOW_BITS) - 1)
     return fraction_of(((position - lower).astype(jnp.float32), lower.astype(jnp.float32)), turns)
 
 
 def _drop_turns(x: jax.Array) -> jax.Array:
-    """x minus the nearest whole number, with additions alone: not every backend has `floor`."""
-    # From 2^22 on the nearest multiple of a small power of two goes: still exact, still whole.
-    return x - ((x + 12582912.0) - 12582912.0)
+    """x minus the nearest whole number, exactly.
+
+    `round`, because every backend has it: Mosaic GPU has no `floor`, and XLA folds the constants
+    of (x + M) - M away.
+    """
+    return x - jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def fraction_of(pieces: Sequence[jax.Array], turns: Turns) -> jax.Array:

@@ -1,0 +1,100 @@
+"""The operations that the kernel contract, the lowerings and the compilations run over."""
+
+import numpy as np
+
+from jaxkit_kernels import dplr_generating_function, vandermonde
+from jaxkit_kernels.cauchy import CauchyGpuBlocks, CauchyTpuBlocks, CauchyXlaBlocks
+from jaxkit_kernels.vandermonde import (
+    VandermondeGpuBlocks,
+    VandermondeTpuBlocks,
+    VandermondeXlaBlocks,
+)
+from tests.kernels.contract import Case
+
+
+def make_cauchy(rng, heads, modes, rank=1, tied=False):
+    """Stable well-damped problems: I + (c/2) S[pp] is far from singular."""
+    alpha = rng.uniform(0.02, 0.5, (heads, modes))
+    beta = rng.uniform(0, 4, (heads, modes))
+    normal = lambda *shape: rng.standard_normal(shape) / np.sqrt(modes)
+    pair = lambda *shape: (normal(heads, *shape, modes), normal(heads, *shape, modes))
+    # Q = P: the matrix conj(P_r) P_s of each mode.
+    p = normal(heads, rank, modes) + 1j * normal(heads, rank, modes)
+    pp = p.conj()[:, :, None] * p[:, None]
+    return (
+        alpha,
+        beta,
+        pair(),
+        pair(rank),
+        pair(rank),
+        pp.real if tied else (pp.real, pp.imag),
+    )
+
+
+def cauchy_oracle(alpha, beta, cb, cp, pb, pp, *, length):
+    """The textbook form, node by node, on the full spectrum; not at z = -1."""
+    both = lambda v: np.concatenate([v, v.conj()], -1)
+    join = lambda pair: both(np.asarray(pair[0]) + 1j * np.asarray(pair[1]))
+    lam = both(-np.asarray(alpha) + 1j * np.asarray(beta))  # eps Lambda / 2
+    cb, cp, pb, pp = join(cb), join(cp), join(pb), join(pp)
+    rank, out = cp.shape[1], []
+    for index in range(length // 2 + 1):
+        z = np.exp(-2j * np.pi * index / length)
+        if 2 * index == length:
+            out.append(np.full(alpha.shape[0], np.nan + 0j))
+            continue
+        resolvent = 1 / ((1 - z) / (1 + z) - lam)
+        total = lambda v, r=resolvent: np.sum(
+            v * r.reshape(r.shape[0], *(1,) * (v.ndim - 2), -1), -1
+        )
+        core = np.linalg.inv(np.eye(rank) + total(pp) / 2)
+        value = total(cb) - np.einsum("hr,hrs,hs->h", total(cp), core, total(pb)) / 2
+        out.append(value / (1 + z))
+    value = np.stack(out, -1)
+    return value.real, value.imag
+
+
+def make_vandermonde(rng, heads, modes):
+    return (
+        rng.uniform(0.001, 0.3, (heads, modes)),
+        rng.uniform(0, 4, (heads, modes)),
+        rng.standard_normal((heads, modes)),
+        rng.standard_normal((heads, modes)),
+    )
+
+
+def vandermonde_oracle(alpha, beta, v_re, v_im, *, length):
+    ratio = np.exp(-np.asarray(alpha) + 1j * np.asarray(beta))
+    value, out = np.asarray(v_re) + 1j * np.asarray(v_im), []
+    for _ in range(length):
+        out.append(2 * value.sum(-1).real)
+        value = value * ratio
+    return np.stack(out, -1)
+
+
+CAUCHY = Case(
+    name="cauchy",
+    function=dplr_generating_function,
+    make=make_cauchy,
+    oracle=cauchy_oracle,
+    small_blocks={
+        "xla": CauchyXlaBlocks(chunk=8),
+        "pallas_tpu": CauchyTpuBlocks(rows=8),
+        "pallas_gpu": CauchyGpuBlocks(nodes=128, nodes_backward=128),
+    },
+    # Square of the resolvents in the cotangents: 1 / alpha.
+    scale=4.0,
+)
+VANDERMONDE = Case(
+    name="vandermonde",
+    function=vandermonde,
+    make=make_vandermonde,
+    oracle=vandermonde_oracle,
+    small_blocks={
+        "xla": VandermondeXlaBlocks(block=3),
+        "pallas_tpu": VandermondeTpuBlocks(rows=8),
+        "pallas_gpu": VandermondeGpuBlocks(rows=2),
+    },
+    scale=4.0,
+)
+CASES = {case.name: case for case in (CAUCHY, VANDERMONDE)}
