@@ -270,7 +270,8 @@ def _choose(kind: str, value: str, choices: Any) -> None:
     names = list(choices)
     if value in names:
         return
-    near = get_close_matches(value, names, n=3, cutoff=0.5)
+    bare = {name.lstrip("-"): name for name in names}
+    near = [bare[name] for name in get_close_matches(value.lstrip("-"), bare, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}."
     raise _UsageError(f"unknown {kind} {value!r}; {hint}")
 

@@ -286,6 +286,7 @@ def train(
             if done + length < steps:
                 ready = load(done + length)  # while the devices are at work
             good, bad_seeds, per_step = jax.tree.map(np.asarray, out)
+            per_step = {"loss": per_step.pop("loss")} | per_step
             count = int(np.sum(good))
             if count < length:
                 finite = {key: value[count - 1].tolist() for key, value in per_step.items()}

@@ -169,12 +169,11 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
 
 def test_metrics_need_one_value_for_each_seed(tmp_path):
+    class Short(Counting):
+        def run_arm(self, config, arm, ctx):
+            return {"error": [1.0]}
+
     with pytest.raises(ValueError, match=r"metric 'error' of arm 'line' must .* 3 seeds; got 1"):
-
-        class Short(Counting):
-            def run_arm(self, config, arm, ctx):
-                return {"error": [1.0]}
-
         run(tmp_path, Config(seeds=(0, 1, 2)), experiment=Short())
 
 

@@ -6,6 +6,7 @@ python -m tests.experiments.tiny run tiny --out DIR
 import dataclasses
 import sys
 import time
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,10 +53,10 @@ class Tiny(Experiment):
     description = "Two arms learn x₀ + x₁; the curve cannot."
     sources = ("Nobody 2020 (arXiv 0000.00000)",)
     config_class = Config
-    presets = {"smoke": Config(steps=4), "cpu": Config(), "gpu": Config(steps=100)}
+    presets: ClassVar = {"smoke": Config(steps=4), "cpu": Config(), "gpu": Config(steps=100)}
     arms = ("line", "curve", "absent")
     columns = ("error", "bias")
-    paper = {"line": {"error": 0.25}}
+    paper: ClassVar = {"line": {"error": 0.25}}
     claims = (
         Claim(
             "The line fits better than the curve",
