@@ -1,8 +1,8 @@
 """State-space models: structured layers, their kernels and recurrences, and models over them."""
 
-from jaxkit.ssm import diag, dplr, init
+from jaxkit.ssm import diag, discretize, dplr, hippo, init, rtf, s5, scan
 from jaxkit.ssm.conv import fft_conv, fft_conv_bidirectional
-from jaxkit.ssm.layers import S4, FrozenSSMParam, Recurrent, SSMParam
+from jaxkit.ssm.layers import S4, S5, FrozenSSMParam, Recurrent, SSMParam
 from jaxkit.ssm.model import ModelState, SequenceBlock, SequenceModel
 from jaxkit.ssm.rates import ssm_labels
 
@@ -11,13 +11,19 @@ __all__ = [
     "ModelState",
     "Recurrent",
     "S4",
+    "S5",
     "SSMParam",
     "SequenceBlock",
     "SequenceModel",
     "diag",
+    "discretize",
     "dplr",
     "fft_conv",
     "fft_conv_bidirectional",
+    "hippo",
     "init",
+    "rtf",
+    "s5",
+    "scan",
     "ssm_labels",
 ]

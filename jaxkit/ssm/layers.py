@@ -19,11 +19,11 @@ from flax import nnx
 
 from jaxkit._checks import check_choice, check_int
 from jaxkit._typing import Array, DType, Float, Params
-from jaxkit.ssm import diag, dplr, rtf
+from jaxkit.ssm import diag, dplr, rtf, s5
 from jaxkit.ssm._modes import check_sequence
 from jaxkit.ssm.conv import fft_conv, fft_conv_bidirectional
 
-__all__ = ["S4", "FrozenSSMParam", "Recurrent", "SSMParam"]
+__all__ = ["S4", "S5", "FrozenSSMParam", "Recurrent", "SSMParam"]
 
 KERNELS: dict[str, ModuleType] = {"dplr": dplr, "diag": diag, "rtf": rtf}
 
@@ -289,6 +289,139 @@ class S4(nnx.Module):
         self._causal()
         system = self.discretize() if system is None else system
         return KERNELS[self.kernel_name].prefill(system, state, u)
+
+
+class S5(nnx.Module):
+    """One linear system for all channels (MIMO), run as a parallel scan.
+
+    Args:
+      heads: Number of channels H.
+      state_size: N of the whole layer.
+      blocks: LegS blocks J of the initial spectrum; N/J even.
+      bidirectional: Add a scan from the end.
+      discretization: `zoh` or `bilinear`.
+      stability: How Re Λ < 0 is kept: `exp`, `softplus` or `relu`.
+      dt_min: Smallest initial step.
+      dt_max: Largest initial step.
+      chunk_size: Scan in chunks of this many steps, for memory.
+      dtype: float32 or float64.
+      rngs: Random keys; `params` is used.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> layer = S5(4, 8, rngs=nnx.Rngs(0))
+      >>> print(layer(jnp.ones((2, 5, 4))).shape)
+      (2, 5, 4)
+
+    Source: Smith, Warrington, Linderman 2022 (arXiv 2208.04933).
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        state_size: int,
+        *,
+        blocks: int = 1,
+        bidirectional: bool = False,
+        discretization: str = "zoh",
+        stability: str = "exp",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        chunk_size: int | None = None,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_choice("discretization", discretization, s5.DISCRETIZATIONS)
+        self.heads = check_int("heads", heads, least=1)
+        self.state_size = check_int("state_size", state_size, least=1)
+        self.bidirectional = bidirectional
+        self.discretization = discretization
+        self.stability = stability
+        self.chunk_size = chunk_size
+        self.dtype = jnp.dtype(dtype)
+        params = s5.init_params(
+            rngs.params(),
+            heads,
+            state_size,
+            blocks=blocks,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            bidirectional=bidirectional,
+            stability=stability,
+            dtype=dtype,
+        )
+        self.names = tuple(params)
+        for name, value in params.items():
+            slow = name in DYNAMICS or name == "log_step"
+            setattr(self, name, (SSMParam if slow else nnx.Param)(value))
+
+    def params(self) -> Params:
+        """The parameter dict that the pure functions take."""
+        return {name: getattr(self, name)[...] for name in self.names}
+
+    def _options(self) -> dict[str, Any]:
+        return {"discretization": self.discretization, "stability": self.stability}
+
+    def __call__(
+        self, u: Float[Array, "*batch length heads"], *, rate: Any = 1.0, steps: Array | None = None
+    ) -> Float[Array, "*batch length heads"]:
+        """Scan; `steps` are the durations of irregular samples, in units of the layer's step.
+
+        Raises:
+          TypeError: If `u` is not real.
+          ValueError: If shapes do not fit.
+        """
+        return s5.apply(
+            self.params(), u, steps=steps, rate=rate, chunk_size=self.chunk_size, **self._options()
+        )
+
+    def _causal(self) -> None:
+        if self.bidirectional:
+            raise ValueError(
+                "bidirectional must be False for step, prefill and discretize: a layer that reads "
+                "the future has no recurrence; got True."
+            )
+
+    def discretize(self, *, rate: Any = 1.0) -> Any:
+        """The recurrence (a pytree), to be derived once and passed to `step` and `prefill`.
+
+        Raises:
+          ValueError: If the layer is bidirectional.
+        """
+        self._causal()
+        return s5.discretize(self.params(), rate=rate, **self._options())
+
+    def init_state(self, batch_shape: tuple[int, ...] = ()) -> Array:
+        """The zero state, `[*batch_shape, modes]`.
+
+        Raises:
+          ValueError: If the layer is bidirectional.
+        """
+        self._causal()
+        return s5.init_state(self.state_size, batch_shape=tuple(batch_shape), dtype=self.dtype)
+
+    def step(self, state: Array, u: Array, *, system: Any = None) -> tuple[Array, Array]:
+        """One step; `system` from `discretize` (derived anew if not given).
+
+        Raises:
+          ValueError: If the layer is bidirectional or shapes do not fit.
+        """
+        self._causal()
+        return s5.step(self.discretize() if system is None else system, state, u)
+
+    def prefill(self, state: Array, u: Array, *, system: Any = None) -> tuple[Array, Array]:
+        """Many steps at once from any state, with the exact state after them.
+
+        Raises:
+          ValueError: If the layer is bidirectional or shapes do not fit.
+        """
+        self._causal()
+        system = self.discretize() if system is None else system
+        return s5.prefill(system, state, u, chunk_size=self.chunk_size)
 
 
 class Recurrent(nnx.Module):

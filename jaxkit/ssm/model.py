@@ -8,11 +8,11 @@ from flax import nnx
 
 from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit._typing import Array, Bool, DType, Float, Int, Key
-from jaxkit.ssm.layers import S4, Recurrent
+from jaxkit.ssm.layers import S4, S5, Recurrent
 
 __all__ = ["ModelState", "SequenceBlock", "SequenceModel"]
 
-MIXERS = ("s4", "lstm", "gru")
+MIXERS = ("s4", "s5", "lstm", "gru")
 POOLINGS = ("mean", "last", "none")
 ENCODERS = ("dense", "embedding")
 NORMS = ("pre", "post")
@@ -35,6 +35,8 @@ class ModelState(NamedTuple):
 def _mixer(kind: str, heads: int, state_size: int, options: dict[str, Any]) -> Any:
     if kind == "s4":
         return S4(heads, state_size, **options)
+    if kind == "s5":
+        return S5(heads, state_size, **options)
     return Recurrent(heads, cell=kind, dtype=options["dtype"], rngs=options["rngs"])
 
 
@@ -152,7 +154,7 @@ class SequenceModel(nnx.Module):
         output for every position).
       norm: `pre` or `post`.
       dropout: Rate; drawn only where a `key` is given.
-      bidirectional: Let `s4` read the future; no step mode then.
+      bidirectional: Let `s4` or `s5` read the future; no step mode then.
       dtype: float32 or float64.
       rngs: Random keys.
       **options: Further options of the mixing layer (`dt_min`, `dt_max`, `frozen`, …); a recurrent
@@ -210,7 +212,9 @@ class SequenceModel(nnx.Module):
                 "l_max": l_max,
                 "bidirectional": bidirectional,
             }
-        elif bidirectional or (options and mixer != "s5"):
+        elif mixer == "s5":
+            common |= {"bidirectional": bidirectional}
+        elif bidirectional or options:
             given = "bidirectional" if bidirectional else sorted(options)[0]
             raise ValueError(f"{given} must not be given for mixer {mixer!r}.")
         if self.embeds:
