@@ -37,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Example:
-      >>> main(["list", "--names"])
-      s4-...
-      0
+      >>> main(["rum"])  # on standard error: unknown command 'rum'; did you mean run?
+      2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
