@@ -124,8 +124,10 @@ class Results:
         return float(np.mean(self.metric(arm, name)))
 
     def spread(self, arm: str, name: str) -> float:
-        """Sample standard deviation of a metric over the seeds; 0 for a single seed."""
+        """Sample standard deviation of a metric over the seeds; 0 for one seed, NaN of infinities."""
         values = self.metric(arm, name)
+        if not np.isfinite(values).all():
+            return float("nan")
         return float(np.std(values, ddof=1)) if values.size > 1 else 0.0
 
     def has(self, arm: str, name: str) -> bool:
@@ -136,7 +138,7 @@ class Results:
     def _arm(self, arm: str) -> Mapping[str, np.ndarray]:
         if arm not in self._arms:
             raise MissingResult(
-                f"arm {arm!r} was not run; {', '.join(self._arms) or 'none'} was."
+                f"arm {arm!r} was not run (there are: {', '.join(self._arms) or 'none'})."
                 f"{nearest(arm, self._arms)}"
             )
         return self._arms[arm]

@@ -353,6 +353,9 @@ class KernelSpeed(Experiment):
             axis.set(xscale="log", yscale="log", xlabel=letter, ylabel=label)
             fixed = f"N={points[0][1]}" if letter == "L" else f"L={points[0][0]}"
             axis.set_title(f"H={config.heads}, {fixed}")
+            ticks = config.lengths if letter == "L" else config.states
+            axis.set_xticks(ticks, [str(tick) for tick in ticks], rotation=30)
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3, which="both")
         axes[0].legend(fontsize=7)
         path = folder / "kernel-speed.png"

@@ -407,6 +407,8 @@ class Reconstruction(Experiment):
                     axis.plot(*zip(*points, strict=True), marker="o", label=arm)
             axis.axvline(np.pi * F, color="gray", linestyle=":", label="N = πF")
             axis.set(xscale="log", yscale="log", xlabel="N", title=f"F = {F} cycles")
+            axis.set_xticks(config.states, [str(N) for N in config.states])
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3, which="both")
         axes[0][0].set_ylabel("relative error")
         axes[0][-1].legend(fontsize=7)
