@@ -124,7 +124,7 @@ class Results:
         return float(np.mean(self.metric(arm, name)))
 
     def spread(self, arm: str, name: str) -> float:
-        """Sample standard deviation of a metric over the seeds; 0 for one seed, NaN of infinities."""
+        """Sample standard deviation over the seeds; 0 for a single seed, NaN with infinities."""
         values = self.metric(arm, name)
         if not np.isfinite(values).all():
             return float("nan")
