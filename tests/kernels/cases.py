@@ -1,7 +1,6 @@
 """The operations that the kernel contract, the lowerings and the compilations run over."""
 
 import numpy as np
-
 from jaxkit_kernels import dplr_generating_function, vandermonde
 from jaxkit_kernels.cauchy import CauchyGpuBlocks, CauchyTpuBlocks, CauchyXlaBlocks
 from jaxkit_kernels.vandermonde import (
@@ -9,6 +8,7 @@ from jaxkit_kernels.vandermonde import (
     VandermondeTpuBlocks,
     VandermondeXlaBlocks,
 )
+
 from tests.kernels.contract import Case
 
 

@@ -69,7 +69,7 @@ def error(got: Any, want: Any) -> float:
 
 
 def joint(tree: Any) -> np.ndarray:
-    """All outputs in one array: parts that vanish in exact arithmetic have no scale of their own."""
+    """All outputs in one array, since parts that vanish in exact arithmetic have no scale."""
     return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
 
 

@@ -118,7 +118,7 @@ def test_auto_falls_back_for_float64_on_tpu(op):
 @pytest.mark.parametrize("op", OPS)
 def test_a_named_kernel_never_falls_back(op, implementation):
     _, high = contract.operands(CASES[op], 2, 3, jnp.float64)
-    with pytest.raises(NotImplementedError, match="float32; got float64"):
+    with pytest.raises(NotImplementedError, match=r"float32; got float64"):
         CASES[op].bind(implementation, 16)(*high)
 
 
@@ -126,19 +126,19 @@ def test_a_named_kernel_never_falls_back(op, implementation):
 def test_arguments_are_checked(op):
     case = CASES[op]
     low, _ = contract.operands(case, 2, 3, jnp.float32)
-    with pytest.raises(ValueError, match="implementation must be one of 'auto'.*got 'cuda'"):
+    with pytest.raises(ValueError, match=r"implementation must be one of 'auto'.*got 'cuda'"):
         case.function(*low, length=8, implementation="cuda")
-    with pytest.raises(ValueError, match="length must .*got 0"):
+    with pytest.raises(ValueError, match=r"length must .*got 0"):
         case.function(*low, length=0)
-    with pytest.raises(TypeError, match="length must be an int; got 8.0"):
+    with pytest.raises(TypeError, match=r"length must be an int; got 8.0"):
         case.function(*low, length=8.0)
-    with pytest.raises(TypeError, match="block_sizes must be one of .*got tuple"):
+    with pytest.raises(TypeError, match=r"block_sizes must be one of .*got tuple"):
         case.function(*low, length=8, block_sizes=(8, 8))
-    with pytest.raises(ValueError, match="beta must have .*shape"):
+    with pytest.raises(ValueError, match=r"beta must have .*shape"):
         case.function(low[0], low[1][:, :2], *low[2:], length=8)
-    with pytest.raises(TypeError, match="beta must have alpha's dtype float32; got bfloat16"):
+    with pytest.raises(TypeError, match=r"beta must have alpha's dtype float32; got bfloat16"):
         case.function(low[0], low[1].astype(jnp.bfloat16), *low[2:], length=8)
-    with pytest.raises(TypeError, match="alpha must be a real floating-point array; got complex"):
+    with pytest.raises(TypeError, match=r"alpha must be a real floating-point array; got complex"):
         case.function(low[0].astype(jnp.complex64), *low[1:], length=8)
-    with pytest.raises(ValueError, match="alpha must be .heads, modes.; got shape"):
+    with pytest.raises(ValueError, match=r"alpha must be .heads, modes.; got shape"):
         case.function(low[0][0], *low[1:], length=8)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxkit_kernels import _blocks, _mosaic_gpu
 from jaxkit_kernels.cauchy import body
@@ -42,9 +41,8 @@ def _nodes(length: int, tile: int) -> tuple[np.ndarray, int]:
     return both.astype(np.float32), tiles
 
 
-def _forward_kernel(scalars, nodes, out, *, modes: int, tile: int):
-    head, start = pl.program_id(0), pl.program_id(1) * tile
-    at = pl.ds(start, tile)
+def _forward_kernel(head, tile_index, scalars, nodes, out, *, modes: int, tile: int):
+    at = pl.ds(tile_index * tile, tile)
     load = lambda k, n: scalars[head, k, n]
     re, im = body.forward_tile(load, modes, False, nodes[0, at], nodes[1, at])
     out[head, 0, at] = re
@@ -68,24 +66,19 @@ def forward(
     tile = _sizes(alpha.shape, length, block_sizes).nodes
     nodes, tiles = _nodes(length, tile)
     scalars = jnp.concatenate([alpha[:, None], beta[:, None], re, im], axis=1)
-    whole = pl.BlockSpec(memory_space=plgpu.GMEM)
-    out = pl.pallas_call(
+    out = _mosaic_gpu.launch(
         partial(_forward_kernel, modes=modes, tile=tile),
-        grid=(heads, tiles),
-        in_specs=[whole, whole],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct((heads, 2, tiles * tile), jnp.float32),
-        compiler_params=plgpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=interpret,
+        jax.ShapeDtypeStruct((heads, 2, tiles * tile), jnp.float32),
+        (heads, tiles),
         name="dplr_forward",
+        interpret=interpret,
     )(scalars, jnp.asarray(nodes))
     flat = out[:, :, : length // 2 + 1]
     return flat[:, 0], flat[:, 1]
 
 
-def _backward_kernel(scalars, nodes, cotangents, out, *, modes: int, tile: int):
-    head, index = pl.program_id(0), pl.program_id(1)
-    at = pl.ds(index * tile, tile)
+def _backward_kernel(head, tile_index, scalars, nodes, cotangents, out, *, modes: int, tile: int):
+    at = pl.ds(tile_index * tile, tile)
     load = lambda k, n: scalars[head, k, n]
     sine, cosine = nodes[0, at], nodes[1, at]
     d_re, d_im = body.sum_cotangents(
@@ -95,7 +88,7 @@ def _backward_kernel(scalars, nodes, cotangents, out, *, modes: int, tile: int):
     def step(n, carry):
         terms = body.mode_cotangents(load, n, False, sine, cosine, d_re, d_im)
         for k, term in enumerate(terms):
-            out[head, index, k, n] = jnp.sum(term)
+            out[head, tile_index, k, n] = jnp.sum(term)
         return carry
 
     jax.lax.fori_loop(0, modes, step, 0)
@@ -123,16 +116,12 @@ def backward(
     cotangents = jnp.stack([ct_re, ct_im], axis=1)
     extra = tiles * tile - cotangents.shape[-1]
     cotangents = jnp.pad(cotangents, ((0, 0), (0, 0), (0, extra)))
-    whole = pl.BlockSpec(memory_space=plgpu.GMEM)
-    partials = pl.pallas_call(
+    partials = _mosaic_gpu.launch(
         partial(_backward_kernel, modes=modes, tile=tile),
-        grid=(heads, tiles),
-        in_specs=[whole, whole, whole],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct((heads, tiles, body.PARAMETERS, modes), jnp.float32),
-        compiler_params=plgpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=interpret,
+        jax.ShapeDtypeStruct((heads, tiles, body.PARAMETERS, modes), jnp.float32),
+        (heads, tiles),
         name="dplr_backward",
+        interpret=interpret,
     )(scalars, jnp.asarray(nodes), cotangents)
     bars = jnp.sum(partials, axis=1)
     return bars[:, 0], bars[:, 1], bars[:, 2:6], bars[:, 6:10]

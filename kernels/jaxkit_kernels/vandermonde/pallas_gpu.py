@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxkit_kernels import _blocks, _mosaic_gpu
 from jaxkit_kernels.vandermonde import phase
@@ -63,8 +62,8 @@ def _within(scalars, head, n, index):
     return size * jnp.cos(angle), size * jnp.sin(angle)
 
 
-def _forward_kernel(scalars, starts, index_ref, out, *, modes: int, rows: int):
-    head, first = pl.program_id(0), pl.program_id(1) * rows
+def _forward_kernel(head, tile_index, scalars, starts, index_ref, out, *, modes: int, rows: int):
+    first = tile_index * rows
     index = index_ref[...]
 
     def step(n, carry):
@@ -97,23 +96,20 @@ def forward(
     scalars, (at_re, at_im) = _operands(alpha, beta, rows, tiles)
     a, b = 2 * v_re[..., None], 2 * v_im[..., None]
     starts = jnp.stack([a * at_re - b * at_im, a * at_im + b * at_re], axis=1)
-    whole = pl.BlockSpec(memory_space=plgpu.GMEM)
-    out = pl.pallas_call(
+    out = _mosaic_gpu.launch(
         partial(_forward_kernel, modes=modes, rows=rows),
-        grid=(heads, tiles),
-        in_specs=[whole, whole, whole],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct((heads, tiles * rows * _LANES), jnp.float32),
-        compiler_params=plgpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=interpret,
+        jax.ShapeDtypeStruct((heads, tiles * rows * _LANES), jnp.float32),
+        (heads, tiles),
         name="vandermonde_forward",
+        interpret=interpret,
     )(scalars, starts, jnp.arange(_LANES, dtype=jnp.float32))
     return out[:, :length]
 
 
-def _backward_kernel(scalars, starts, index_ref, cotangent, out, *, modes: int, rows: int):
-    head, tile = pl.program_id(0), pl.program_id(1)
-    first = tile * rows
+def _backward_kernel(
+    head, tile_index, scalars, starts, index_ref, cotangent, out, *, modes: int, rows: int
+):
+    first = tile_index * rows
     index = index_ref[...]
     g = [cotangent[head, pl.ds((first + r) * _LANES, _LANES)] for r in range(rows)]
 
@@ -127,10 +123,10 @@ def _backward_kernel(scalars, starts, index_ref, cotangent, out, *, modes: int, 
             z_re, z_im = z_re + offset * t_re, z_im + offset * t_im
         z_re, z_im = z_re + index * y_re, z_im + index * y_im
         in_re, in_im = _within(scalars, head, n, index)
-        out[head, tile, 0, n] = jnp.sum(y_re * in_re - y_im * in_im)
-        out[head, tile, 1, n] = jnp.sum(y_re * in_im + y_im * in_re)
-        out[head, tile, 2, n] = jnp.sum(z_re * in_re - z_im * in_im)
-        out[head, tile, 3, n] = jnp.sum(z_re * in_im + z_im * in_re)
+        out[head, tile_index, 0, n] = jnp.sum(y_re * in_re - y_im * in_im)
+        out[head, tile_index, 1, n] = jnp.sum(y_re * in_im + y_im * in_re)
+        out[head, tile_index, 2, n] = jnp.sum(z_re * in_re - z_im * in_im)
+        out[head, tile_index, 3, n] = jnp.sum(z_re * in_im + z_im * in_re)
         return carry
 
     jax.lax.fori_loop(0, modes, step, 0)
@@ -153,16 +149,12 @@ def backward(
     rows, tiles = _tiles(alpha.shape, length, block_sizes)
     scalars, at = _operands(alpha, beta, rows, tiles)
     padded = jnp.pad(cotangent, ((0, 0), (0, tiles * rows * _LANES - length)))
-    whole = pl.BlockSpec(memory_space=plgpu.GMEM)
-    partials = pl.pallas_call(
+    partials = _mosaic_gpu.launch(
         partial(_backward_kernel, modes=modes, rows=rows),
-        grid=(heads, tiles),
-        in_specs=[whole, whole, whole, whole],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct((heads, tiles, 4, modes), jnp.float32),
-        compiler_params=plgpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=interpret,
+        jax.ShapeDtypeStruct((heads, tiles, 4, modes), jnp.float32),
+        (heads, tiles),
         name="vandermonde_backward",
+        interpret=interpret,
     )(scalars, jnp.stack(at, axis=1), jnp.arange(_LANES, dtype=jnp.float32), padded)
     moments = jnp.sum(partials, axis=1)
     return from_moments(v_re, v_im, [moments[:, k] for k in range(4)])
