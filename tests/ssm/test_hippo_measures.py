@@ -1,5 +1,6 @@
 """Transition matrices against the card's digits, their identities, and what they generate."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -90,7 +91,10 @@ def test_legt_is_the_pade_approximant_of_a_delay(N):
         p, q = mpmath.pade(taylor, N - 1, N)
         for s in (0.0, 0.3j, 1 + 2j, 2 - 0.5j, 5j):
             ours = C @ np.linalg.solve(s * np.eye(N) - A, B)
-            pade = complex(mpmath.polyval(p[::-1], s) / mpmath.polyval(q[::-1], s))
+            top, bottom = (
+                sum(c * mpmath.mpmathify(s) ** i for i, c in enumerate(part)) for part in (p, q)
+            )
+            pade = complex(top / bottom)
             # 1e-15 times the condition of the solve (at most 20 here).
             assert abs(ours - pade) < 2e-14
 
@@ -192,7 +196,7 @@ def roots_right_of_zero(coefficients):
         factor = first[0] / second[0]
         following = [first[i] - factor * padded[i] for i in range(1, len(first))]
         first, second = second, following
-    return sum(a * b < 0 for a, b in zip(column, column[1:], strict=False))
+    return sum(a * b < 0 for a, b in itertools.pairwise(column))
 
 
 def test_numerical_eigenvalues_of_legt_are_wrong():

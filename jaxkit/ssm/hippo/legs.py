@@ -358,9 +358,9 @@ def _check_method(method: str, N: int, alpha: Any, weight: str, unsafe: bool) ->
         # max |x| is 1e5 at α = 0.4 and 1e17 at α = 0.25 (measured, `gbt_t`).
         got = "method='forward'" if method == "forward" else f"method={method!r} with alpha={alpha}"
         raise ValueError(
-            f"{got} weighs the explicit side more, which LegS cannot take at N > 16 (the first steps "
-            "of forward Euler multiply by (k−n−1)/k: 2e18 at N = 32, beyond float32 at 64); got "
-            f"N = {N}. Take method='bilinear' or alpha of at least ½, or pass unsafe=True."
+            f"{got} weighs the explicit side more, which LegS cannot take at N > 16 (the first "
+            "steps of forward Euler multiply by (k−n−1)/k: 2e18 at N = 32, beyond float32 at 64); "
+            f"got N = {N}. Take method='bilinear' or alpha of at least ½, or pass unsafe=True."
         )
 
 
