@@ -18,6 +18,7 @@ __all__ = ["REGISTRY", "load_experiment"]
 REGISTRY: dict[str, str] = {
     "s4-digits": "jaxkit_experiments.ssm.sequence_tasks:Digits",
     "s4-permuted-digits": "jaxkit_experiments.ssm.sequence_tasks:PermutedDigits",
+    "s4-rate-change": "jaxkit_experiments.ssm.sequence_tasks:RateChange",
     "s4-copying": "jaxkit_experiments.ssm.sequence_tasks:Copying",
     "s4-selective-copying": "jaxkit_experiments.ssm.sequence_tasks:SelectiveCopying",
     "s4-delay": "jaxkit_experiments.ssm.sequence_tasks:Delay",

@@ -15,6 +15,7 @@ TINY = st.DigitsConfig(seeds=(0,), steps=4, batch_size=8, heads=4, state_size=4,
 EXPERIMENTS = (
     st.Digits,
     st.PermutedDigits,
+    st.RateChange,
     st.Copying,
     st.SelectiveCopying,
     st.Delay,
@@ -31,7 +32,7 @@ def test_presets_and_claims_speak_of_arms_that_exist(experiment):
         assert set(config.arms) <= set(st.ARMS)
     assert set(experiment.paper) <= set(st.ARMS)
     metric = "rmse" if "rmse" in experiment.columns else "accuracy"
-    names = (metric, "recurrent_difference", "root_operator")
+    names = (metric, "recurrent_difference", "root_operator", "half_rate", "half_rate_same_step")
     everything = {arm: {name: [0.5] for name in names} for arm in st.ARMS}
     results = Results(None, everything)
     for claim in experiment.claims:
@@ -48,7 +49,7 @@ def test_a_margin_is_asked_of_the_difference(s4, gru, status):
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("arm", ["s4-legs", "s4d-real", "rtf", "gru", "lstm"])
+@pytest.mark.parametrize("arm", ["s4-legs", "s4d-real", "s5", "rtf", "gru", "lstm"])
 def test_every_arm_is_one_function_in_both_forms(arm):
     task = tasks.digits()
     model = st.build_model(TINY, arm, task, jax.random.key(0))

@@ -43,6 +43,7 @@ __all__ = [
     "Digits",
     "ListOps",
     "PermutedDigits",
+    "RateChange",
     "SelectiveCopying",
 ]
 
@@ -55,6 +56,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "s4d-lin": {"kernel": "diag", "init": "lin"},
     "s4d-real": {"kernel": "diag", "init": "real"},
     "s4d-rand": {"kernel": "diag", "init": "random"},
+    "s5": {"mixer": "s5"},
     "rtf": {"kernel": "rtf", "init": "zeros"},
     "lstm": {"mixer": "lstm"},
     "gru": {"mixer": "gru"},
@@ -123,8 +125,8 @@ def build_model(
     options = dict(ARMS[arm])
     if "kernel" in options:
         options |= {"bidirectional": config.bidirectional, "l_max": task.length}
-        if options["kernel"] != "rtf":
-            options |= {"dt_min": config.dt_min, "dt_max": config.dt_max}
+    if arm not in ("rtf", *RNNS):
+        options |= {"dt_min": config.dt_min, "dt_max": config.dt_max}
     features = task.vocabulary or task.train["inputs"].shape[-1]
     outputs = task.classes or task.train["targets"].shape[-1]
     return SequenceModel(
@@ -255,7 +257,13 @@ class SequenceExperiment(Experiment):
             self._keep_confusion(task, models, arm, ctx)
         if not config.bidirectional:
             metrics |= self._compare_forms(task, models)
-        return metrics
+        return metrics | self.further_metrics(task, arm, models)
+
+    def further_metrics(
+        self, task: tasks.Task, arm: str, models: list[Any]
+    ) -> dict[str, list[float]]:
+        """What else a task asks of the trained models, one value per seed."""
+        return {}
 
     def _compare_forms(self, task: tasks.Task, models: list[Any]) -> dict[str, list[float]]:
         """How far the recurrence is from the convolution, and how often both decide alike."""
@@ -445,7 +453,7 @@ class Digits(SequenceExperiment):
     config_class = DigitsConfig
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"accuracy": 0.9963}}
     paper_note = "The paper's number is for sequential MNIST, 784 pixels, 60 000 images."
-    claims = DIGIT_CLAIMS
+    claims: ClassVar[tuple[Claim, ...]] = DIGIT_CLAIMS
     presets: ClassVar[Mapping[str, Any]] = {
         "smoke": DigitsConfig(
             arms=("s4-legs", "gru"),
@@ -487,6 +495,81 @@ class PermutedDigits(Digits):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"accuracy": 0.9870}}
     paper_note = "The paper's number is for permuted MNIST, 784 pixels, 60 000 images."
     permuted = True
+
+
+def _half_rate(arm: str) -> Callable[[Results], Verdict]:
+    def check(results: Results) -> Verdict:
+        full = results.mean(arm, "accuracy")
+        half, naive = (results.mean(arm, name) for name in ("half_rate", "half_rate_same_step"))
+        return Verdict.of(
+            half >= full - 0.05 and half > naive,
+            f"{arm} {full:.3f} at the rate of training, {half:.3f} at half of it with steps twice "
+            f"as long, {naive:.3f} with the same steps; 0.05 allowed",
+        )
+
+    return check
+
+
+class RateChange(Digits):
+    """Train at one sampling rate, test at half of it: only the step size changes."""
+
+    name = "s4-rate-change"
+    title = "Tested at half the sampling rate, without training again"
+    description = (
+        "Digits of 16×16 pixels, length 256, to train; in the test every second sample is left out "
+        "(half_rate), and the layers' steps are twice as long (rate=2), or not "
+        "(half_rate_same_step)."
+    )
+    columns = ("accuracy", "half_rate", "half_rate_same_step", "seconds")
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "s4-legs": {"accuracy": 0.9832, "half_rate": 0.9630}
+    }
+    paper_note = "The paper's numbers are for Speech Commands (SC10), raw audio."
+    claims = (
+        Claim(
+            "S4 works at half the sampling rate without training again: at most 5 points lost, and "
+            "better than with the steps of training.",
+            "arXiv 2111.00396 (SC10: 98.32 at full rate, 96.30 at half)",
+            _half_rate("s4-legs"),
+        ),
+        Claim(
+            "So does the diagonal S4D.",
+            "arXiv 2206.11893",
+            _half_rate("s4d-lin"),
+        ),
+        RECURRENT,
+    )
+    presets: ClassVar[Mapping[str, Any]] = {
+        "smoke": dataclasses.replace(
+            Digits.presets["smoke"], arms=("s4-legs", "s4d-lin"), upsample=2, steps=10
+        ),
+        "cpu": DigitsConfig(
+            arms=("s4-legs", "s4d-lin"), seeds=(0, 1), upsample=2, dt_min=2e-3, dt_max=0.2
+        ),
+        "gpu": dataclasses.replace(
+            Digits.presets["gpu"], arms=("s4-legs", "s4d-lin", "s4d-inv", "s5")
+        ),
+    }
+
+    def further_metrics(
+        self, task: tasks.Task, arm: str, models: list[Any]
+    ) -> dict[str, list[float]]:
+        if arm in ("rtf", *RNNS):  # no step size to change
+            return {}
+        inputs, targets = held_out(task)[0][:, ::2], jnp.asarray(task.test["targets"])
+        graph = nnx.graphdef(models[0])
+        accuracy = {
+            rate: jax.jit(
+                lambda values, rate=rate: jnp.mean(
+                    jnp.argmax(nnx.merge(graph, values)(inputs, rate=rate), axis=-1) == targets
+                )
+            )
+            for rate in (1.0, 2.0)
+        }
+        return {
+            name: [float(accuracy[rate](nnx.state(model))) for model in models]
+            for name, rate in (("half_rate", 2.0), ("half_rate_same_step", 1.0))
+        }
 
 
 @dataclasses.dataclass(frozen=True)
