@@ -139,7 +139,21 @@ def _run(arguments: list[str]) -> int:
         )
     except RunError as error:
         return _fail(str(error), 1)
+    except (ValueError, OSError) as error:
+        # A value or a file that one of our own checks refuses; anything else is a fault to show.
+        if isinstance(error, ValueError) and not _raised_by_us(error):
+            raise
+        return _fail(str(error), 1)
     return 0
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the exception was raised in jaxkit's packages, not in a library below them."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return name.partition(".")[0] in ("jaxkit", "jaxkit_experiments", "jaxkit_kernels")
 
 
 def _join_processes() -> None:

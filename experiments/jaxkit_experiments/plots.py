@@ -31,11 +31,12 @@ def figure(path: Path, *, rows: int = 1, columns: int = 1, **options: Any) -> It
     drawing.savefig(path, dpi=120)
 
 
-def training_curves(ctx: Context, *, name: str = "training-curves") -> list[Path]:
-    """One panel for each metric and split in metrics.jsonl: mean over the seeds and their range.
+def training_curves(ctx: Context, *, name: str = "curve") -> list[Path]:
+    """A figure for each metric and split in metrics.jsonl: mean over the seeds and their range.
 
     Returns:
-      The figure's path, or nothing if there is no training to show.
+      The figures, one a file so that they stay readable side by side and on a phone; none if
+      there is no training to show.
     """
     curves: dict[tuple[str, str], dict[str, list[tuple[int, np.ndarray]]]] = {}
     for record in ctx.history():
@@ -52,9 +53,11 @@ def training_curves(ctx: Context, *, name: str = "training-curves") -> list[Path
     } or curves
     if not shown:
         return []
-    path = ctx.run_dir / "plots" / f"{name}.png"
-    with figure(path, columns=len(shown), squeeze=False) as axes:
-        for axis, ((metric, split), arms) in zip(axes[0], shown.items(), strict=True):
+    paths = []
+    for (metric, split), arms in shown.items():
+        file = "".join(c if c.isalnum() else "-" for c in f"{name}-{metric}-{split}")
+        paths.append(ctx.run_dir / "plots" / f"{file}.png")
+        with figure(paths[-1]) as axis:
             for arm, points in arms.items():
                 steps = [step for step, _ in points]
                 values = np.stack([value for _, value in points])
@@ -64,5 +67,5 @@ def training_curves(ctx: Context, *, name: str = "training-curves") -> list[Path
             axis.set_xlabel("step")
             axis.set_title(f"{metric} ({split})", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-        axes[0][-1].legend(frameon=False, fontsize=8)
-    return [path]
+            axis.legend(frameon=False, fontsize=9)
+    return paths

@@ -56,6 +56,10 @@ def write_report(folders: Sequence[Path], out: str | Path) -> Path:
 def render(folders: Sequence[Path]) -> str:
     """The page of `folders` as text."""
     runs = [_load(folder) for folder in folders]
+    names = [run["name"] for run in runs]
+    for run in runs:
+        if names.count(run["name"]) > 1:
+            run["name"] += f" in {run['folder'].name}"
     links = "".join(
         f'<li><a href="#run-{number}">{escape(run["name"])}</a> {_tally(run)}</li>'
         for number, run in enumerate(runs)
@@ -125,7 +129,9 @@ def _section(number: int, run: Mapping[str, Any]) -> str:
     parts += [f'<p class="notice">{escape(fault)}</p>' for fault in run["faults"]]
     parts.append(_claims(summary.get("claims", [])))
     parts.append(_table(f"Results of {run['name']}", summary))
-    parts += [_figure(run["folder"], plot) for plot in summary.get("plots", [])]
+    if plots := summary.get("plots"):
+        figures = "".join(_figure(run["folder"], plot) for plot in plots)
+        parts.append(f'<h3>Plots</h3><div class="figures">{figures}</div>')
     if summary.get("epilogue"):
         parts.append(f"<pre tabindex=0>{escape(summary['epilogue'])}</pre>")
     if summary.get("sources"):
@@ -272,7 +278,9 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
 thead th, thead th:first-child { background: var(--panel); }
 tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: 500; } .paper, small { color: var(--soft); }
-figure { margin: 1.25rem 0; } img { max-width: 100%; height: auto; background: #fff;
+.figures { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+figure { margin: 0; } img { max-width: 100%; height: auto; background: #fff;
   border: 1px solid var(--line); border-radius: .4rem; }
 pre { background: var(--panel); padding: .75rem; overflow-x: auto; border-radius: .4rem;
   font-size: .85rem; }

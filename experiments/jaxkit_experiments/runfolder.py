@@ -218,15 +218,24 @@ def lock(folder: Path) -> Iterator[None]:
             file.truncate(0)
 
 
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, but for the lock and what a killed write left behind."""
+    return [item for item in folder.iterdir() if not item.name.startswith(".")]
+
+
 def clear(folder: Path) -> None:
     """Empty a run folder but for its lock.
 
     Raises:
       RunError: the folder holds files but no config.json, so it is not a run's.
     """
-    contents = [item for item in folder.iterdir() if item.name != ".lock"]
-    if contents and not (folder / "config.json").exists():
-        raise RunError(f"{folder} is not a run folder (no config.json), so it is not emptied.")
+    if not (folder / "config.json").exists():
+        if contents(folder):
+            raise RunError(f"{folder} is not a run folder (no config.json), so it is not emptied.")
+        return
     # config.json last: a folder that was being emptied when killed is still a run folder.
-    for item in sorted(contents, key=lambda item: item.name == "config.json"):
-        shutil.rmtree(item) if item.is_dir() else item.unlink()
+    for item in sorted(folder.iterdir(), key=lambda item: item.name == "config.json"):
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name != ".lock":
+            item.unlink()

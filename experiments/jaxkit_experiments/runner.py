@@ -143,6 +143,7 @@ def _run(
         f"({experiment.name}{f', preset {preset}' if preset else ''}, {len(config.arms)} arms, "
         f"{len(config.seeds)} seeds, {jax.devices()[0].device_kind}) in {escape(str(folder))}",
         highlight=False,
+        soft_wrap=True,
     )
     with bars:
         context = Context(folder, data=path, mesh=mesh, console=console, bars=bars, writes=writes)
@@ -170,7 +171,7 @@ def _run(
                 f"{name} {_cell(results, arm, name)}" for name in _columns(experiment, results, arm)
             )
             how = "done before" if stored is not None else f"{seconds[arm]:.1f} s"
-            console.print(f"  {escape(arm)}: {shown}  ({how})", highlight=False)
+            console.print(f"  {escape(arm)}: {shown}  ({how})", highlight=False, soft_wrap=True)
     results = Results(config, arms)
     verdicts = tuple(claim.judge(results) for claim in experiment.claims)
     plots = experiment.plot(results, context) if writes else []
@@ -212,6 +213,7 @@ def _show_again(experiment: Experiment, config: Any, folder: Path, console: Cons
     console.print(
         f"[bold]{escape(experiment.title)}[/] was finished before; --fresh runs it anew.",
         highlight=False,
+        soft_wrap=True,
     )
     _print_outcome(experiment, results, verdicts, summary, folder, console)
     return Run(folder, results, verdicts, summary)
@@ -242,10 +244,11 @@ def _claim_folder(folder: Path, identity: Mapping[str, Any], preset: str, fresh:
             past["resumed"] = [*past.get("resumed", []), here]
         write_json(first, past)
         return
-    if any(item.name != ".lock" for item in folder.iterdir()):
+    if runfolder.contents(folder):
         raise RunError(f"{folder} is not empty and not a run folder; choose another --out.")
-    write_json(folder / "environment.json", here)
+    # config.json first: it is what makes the folder a run's, should this be killed in between.
     write_json(path, dict(identity) | {"preset": preset})
+    write_json(folder / "environment.json", here)
 
 
 def _differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
@@ -358,11 +361,14 @@ def _print_outcome(
             f"[dim]({escape(claim.source)})[/]"
             + (f"\n    {escape(verdict.detail)}" if verdict.detail else ""),
             highlight=False,
+            soft_wrap=True,
         )
     if summary["epilogue"]:
-        console.print("\n" + escape(summary["epilogue"]), highlight=False)
+        console.print("\n" + escape(summary["epilogue"]), highlight=False, soft_wrap=True)
     names = [*summary["plots"], "summary.json"]
-    console.print(f"\nin {escape(str(folder))}: {escape(', '.join(names))}", highlight=False)
+    console.print(
+        f"\nin {escape(str(folder))}: {escape(', '.join(names))}", highlight=False, soft_wrap=True
+    )
 
 
 def _inside(path: Path, folder: Path) -> str:
@@ -378,7 +384,9 @@ def _reporting(console: Console) -> Iterator[None]:
 
         def report(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
             if issubclass(category, RunWarning):
-                console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
+                console.print(
+                    f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True
+                )
             else:
                 show(message, category, *rest, **more)
 

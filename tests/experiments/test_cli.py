@@ -100,6 +100,32 @@ def test_a_non_finite_loss_is_one_line_and_exit_code_1(tmp_path, capsys):
     assert (out / "arms/line/checkpoints/train/last_finite_00000005/manifest.json").exists()
 
 
+def test_a_value_that_a_check_refuses_is_one_line_but_a_fault_is_shown(
+    monkeypatch, tmp_path, capsys
+):
+    from jaxkit._checks import check_int
+
+    def refuse(self, config, arm, ctx):
+        check_int("batch_size", 0, least=1)
+
+    def fault(self, config, arm, ctx):
+        int("one")
+
+    def missing(self, config, arm, ctx):
+        open("/nowhere")
+
+    out = ["run", "tiny", "--out", str(tmp_path / "r")]
+    monkeypatch.setattr(tiny.Tiny, "run_arm", refuse)
+    assert main(out) == 1
+    assert capsys.readouterr().err == "jaxkit: error: batch_size must be at least 1; got 0.\n"
+    monkeypatch.setattr(tiny.Tiny, "run_arm", missing)
+    assert main(out) == 1
+    assert "No such file or directory: '/nowhere'" in capsys.readouterr().err
+    monkeypatch.setattr(tiny.Tiny, "run_arm", fault)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(out)
+
+
 def test_an_interrupt_is_one_line(monkeypatch, tmp_path, capsys):
     def stop(*_):
         raise KeyboardInterrupt

@@ -82,7 +82,7 @@ def test_shows_each_run_with_its_table_claims_and_plots(runs, page):
     for claim in summary["claims"]:
         assert claim["text"] in text
         assert f">{claim['status']}</span>" in text
-    plot = (runs / "a-done/plots/training-curves.png").read_bytes()
+    plot = (runs / "a-done/plots/curve-loss-train.png").read_bytes()
     assert base64.b64encode(plot).decode() in text
     assert "A line and a curve &lt;fitted&gt; to a sum" in text
     assert "weights of the line: (2, 2, 1)" in text

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 from jaxkit_experiments import environment
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
-from jaxkit_experiments.runfolder import MetricLog, RunError, RunLocked, RunWarning, lock
+from jaxkit_experiments.runfolder import (
+    MetricLog,
+    RunError,
+    RunLocked,
+    RunWarning,
+    lock,
+    write_json,
+)
 from jaxkit_experiments.runner import run_experiment
 from rich.console import Console
 
@@ -42,8 +50,8 @@ def test_the_folder_holds_what_the_run_was_and_found(finished):
     assert here["device"]["platform"] == "cpu"
     summary = json.loads((path / "summary.json").read_text())
     assert summary["arms"]["line"]["error"] == result.results.metric("line", "error").tolist()
-    assert summary["plots"] == ["plots/training-curves.png"]
-    assert (path / "plots/training-curves.png").read_bytes().startswith(b"\x89PNG")
+    assert summary["plots"] == ["plots/curve-loss-train.png", "plots/curve-bias-train.png"]
+    assert (path / "plots/curve-loss-train.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["arm"], r["step"]) for r in records] == [
         (arm, step) for arm in ("line", "curve") for step in range(2, 13, 2)
@@ -143,6 +151,29 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("killed_at", ["config.json", "environment.json"])
+def test_killed_while_making_the_folder(tmp_path, monkeypatch, killed_at):
+    def write(path, value):
+        if path.name == killed_at:
+            path.with_name(f".{path.name}.1.tmp").write_text("{")
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxkit_experiments.runner.write_json", write)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "r", experiment=Counting())
+    run(tmp_path / "r", experiment=Counting())
+    assert (tmp_path / "r/environment.json").exists()
+
+
+def test_progress_shows_loss_and_speed(tmp_path):
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    run_experiment(Tiny(), Config(steps=8, arms=("line",)), tmp_path / "r", console=console)
+    shown = console.file.getvalue()
+    assert re.search(r"line.*8/8.*loss [0-9.]+ +steps/s [0-9.]+", shown)
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path):
     program = (
         "import sys, pathlib\n"
@@ -222,7 +253,7 @@ def test_results_say_what_there_is():
     ]
     with pytest.raises(KeyError, match="arm 'a' has no metric 'z'; it has x, y"):
         results.metric("a", "z")
-    with pytest.raises(KeyError, match="arm 'c' was not run; a, b was"):
+    with pytest.raises(KeyError, match=r"arm 'c' was not run \(there are: a, b\)"):
         results.metric("c", "x")
     # A misspelt metric is a mistake of the claim, not a claim that cannot be tested.
     claim = Claim("t", "s", lambda results: Verdict.of(results.mean("a", "acuracy") > 0))
