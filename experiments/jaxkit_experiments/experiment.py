@@ -128,7 +128,9 @@ class Results:
         values = self.metric(arm, name)
         if not np.isfinite(values).all():
             return float("nan")
-        return float(np.std(values, ddof=1)) if values.size > 1 else 0.0
+        if np.all(values == values[0]):
+            return 0.0  # not the rounding of a mean
+        return float(np.std(values, ddof=1))
 
     def has(self, arm: str, name: str) -> bool:
         """Whether the arm was run and the metric has a value."""

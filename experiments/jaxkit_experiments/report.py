@@ -205,7 +205,7 @@ def _number(values: np.ndarray | None) -> str:
     values = np.empty(0) if values is None else values[~np.isnan(values)]
     if not values.size:
         return "–"
-    if values.size == 1:
+    if np.all(values == values[0]):
         return f"{values[0]:.4g}"
     # Infinite values have no spread worth a warning.
     with np.errstate(invalid="ignore"):

@@ -306,9 +306,8 @@ def _cell(results: Results, arm: str, name: str) -> str:
     if not results.has(arm, name):
         return "–"
     mean = format_number(results.mean(arm, name))
-    if results.metric(arm, name).size == 1:
-        return mean
-    return f"{mean} ± {format_number(results.spread(arm, name))}"
+    spread = results.spread(arm, name)
+    return f"{mean} ± {format_number(spread)}" if spread else mean
 
 
 def format_number(value: float) -> str:

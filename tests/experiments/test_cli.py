@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from jaxkit_experiments import REGISTRY
 from jaxkit_experiments.cli import main
@@ -112,7 +113,7 @@ def test_a_value_that_a_check_refuses_is_one_line_but_a_fault_is_shown(
         int("one")
 
     def missing(self, config, arm, ctx):
-        open("/nowhere")
+        np.load("/nowhere")
 
     out = ["run", "tiny", "--out", str(tmp_path / "r")]
     monkeypatch.setattr(tiny.Tiny, "run_arm", refuse)
