@@ -51,8 +51,7 @@ def problem(lam, step, seed=0):
 def relative_gap(operands, length, implementation, **options):
     got = vandermonde(*operands, length=length, implementation=implementation, **options)
     want = np.asarray(vandermonde(*contract.as64(operands), length=length))
-    weight = 2 * np.abs(np.asarray(operands[2]) + 1j * np.asarray(operands[3])).sum()
-    return np.abs(np.asarray(got, np.float64) - want).max() / weight
+    return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
 
 
 # (2/e) 2^-24 max|Im Lambda|: the digits of the card, for Re Lambda = -1/2 and any step and length.
@@ -78,7 +77,7 @@ def test_reduced_phases_in_float32(implementation):
     assert relative_gap(operands, 16384, implementation, interpret=interpret) <= 1e-6
     if implementation == "xla":
         direct = relative_gap(operands, 16384, "reference")
-        assert direct > 1e-5
+        assert direct > 1e-4
 
 
 def test_real_spectrum():
