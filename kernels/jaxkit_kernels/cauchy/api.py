@@ -107,7 +107,7 @@ def dplr_generating_function(
     $$ G_l = \tfrac12 (c + i s) \bigl[ S[cb] - \tfrac c2 S[cp]
        (I + \tfrac c2 S[pp])^{-1} S[pb] \bigr], $$
 
-    and the convolution kernel is `jnp.fft.irfft(re + 1j * im, n=length)`. No factor
+    and the convolution kernel is `irfft(re + i im, n=length)`. No factor
     $1 / (1 + z)$ appears, so the node $z = -1$ needs no special care.
 
     Time is O(heads modes length); memory is O(heads (modes + length)) with the Pallas kernels and
@@ -138,13 +138,13 @@ def dplr_generating_function(
         NotImplementedError: if the implementation named does not take these arguments.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
         >>> low = jnp.zeros((1, 1, 1))
         >>> re, im = dplr_generating_function(
         ...     0.5 * one, zero, (one, zero), (low, low), (low, low), low[None], length=4
         ... )
-        >>> [f"{k:.3f}" for k in jnp.fft.irfft(re + 1j * im, n=4)[0]]
+        >>> [f"{k:.3f}" for k in jnp.fft.irfft(jax.lax.complex(re, im), n=4)[0]]
         ['1.350', '0.450', '0.150', '0.050']
 
     Source: Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces" (2021),
