@@ -28,7 +28,7 @@ def figure(path: Path, *, rows: int = 1, columns: int = 1, **options: Any) -> It
     FigureCanvasAgg(drawing)
     yield drawing.subplots(rows, columns, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=120)
+    drawing.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.12)
 
 
 def training_curves(ctx: Context, *, name: str = "curve") -> list[Path]:
