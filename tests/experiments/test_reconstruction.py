@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-import scipy.signal
 from jaxkit_experiments.experiment import Context, Results
 from jaxkit_experiments.ssm import reconstruction as rec
 from jaxkit_experiments.ssm.reconstruction import Reconstruction, ReconstructionConfig
 from jaxkit_experiments.ssm.tasks import blwn, continuous_signal
 
-from jaxkit.ssm import discretize
 from jaxkit.ssm.hippo.legs import legs_scan
-from jaxkit.ssm.hippo.measures import transition
-from tests.tolerance import tol
 
 CPU = Reconstruction.presets["cpu"]
 
@@ -60,32 +56,6 @@ def test_timescale_table_of_the_card(samples, arm, card):
 def test_forward_euler_overflows_float32_at_64_states():
     assert np.isinf(errors("legs-forward", 4, 64, samples=256, seeds=(0,))).all()
     assert np.isfinite(errors("legs-forward", 4, 8, samples=256, seeds=(0,))).all()
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 32, 200])
-def test_chunked_lti_is_the_recurrence_of_scipy(chunk):
-    A, B = transition("legt", 6, window=40.0)
-    u = np.random.default_rng(0).standard_normal((2, 100))
-    system = (A, B[:, None], np.eye(6), np.zeros((6, 1)))
-    A_bar, B_bar, *_ = scipy.signal.cont2discrete(system, 1.0, method="zoh")
-    x = np.zeros((2, 6))
-    for k in range(100):
-        x = x @ A_bar.T + u[:, k : k + 1] * B_bar.T
-    got = rec.lti_last_state(A, B, u, chunk=chunk)
-    np.testing.assert_allclose(got, x, atol=tol("float32", 100) * np.abs(x).max())
-
-
-def test_chunks_keep_steps_that_float32_would_lose():
-    # A window of 1e5 samples: the float32 step matrix is off by 0.3 % of its distance to I.
-    A, B = transition("legt", 8, window=1e5)
-    u = np.cos(np.linspace(0, 3, 200_000))[None]
-    A_bar, B_bar = discretize.zoh(A, B, 1.0)
-    x = np.zeros(8)
-    for value in u[0]:
-        x = A_bar @ x + B_bar * value
-    scale = np.linalg.norm(x)
-    assert np.linalg.norm(rec.lti_last_state(A, B, u) - x) < 1e-5 * scale
-    assert np.linalg.norm(rec.lti_last_state(A, B, u, chunk=1) - x) > 5e-5 * scale
 
 
 def test_exact_projection_is_the_integral_of_the_held_signal():

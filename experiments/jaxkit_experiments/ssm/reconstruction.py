@@ -22,14 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkit import _checks
-from jaxkit.ssm import discretize
-from jaxkit.ssm.hippo.legs import legs_scan
-from jaxkit.ssm.hippo.measures import transition
+from jaxkit.ssm import discretize, hippo
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
 from jaxkit_experiments.ssm.tasks import blwn, continuous_signal
 
@@ -130,55 +127,9 @@ def _fourier_size(state: int) -> int:
     return 2 * ((state - 1) // 2) + 1
 
 
-def lti_last_state(
-    A: np.ndarray, B: np.ndarray, u: np.ndarray, *, chunk: int | None = None
-) -> np.ndarray:
-    r"""Last state of $x' = Ax + Bu$, unit steps, input held, from zero: chunks of matrix products.
-
-    $x_{t+C} = \bar A^C x_t + \sum_{j<C} \bar A^{C-1-j}\bar B u_{t+j}$, with the powers in float64
-    on the host. A step so short that $\bar A$ rounds to the identity in float32 costs no accuracy
-    then, as it does one step at a time.
-
-    Args:
-        A: [N, N].
-        B: [N].
-        u: signals [batch, T].
-        chunk: C; about the root of T by default. Any value gives the same state.
-
-    Returns:
-        States [batch, N], float64 holding float32 results.
-
-    Example:
-        >>> lti_last_state(-np.eye(1), np.ones(1), np.ones((1, 64))).round(4).tolist()
-        [[1.0]]
-    """
-    batch, samples = u.shape
-    chunk = max(1, int(np.sqrt(samples))) if chunk is None else chunk
-    A_bar, B_bar = (np.asarray(part) for part in discretize.zoh(A, B, 1.0))
-    inputs = np.empty((chunk, len(B)))
-    column = B_bar
-    for j in reversed(range(chunk)):
-        inputs[j], column = column, A_bar @ column
-    power = np.linalg.matrix_power(A_bar, chunk)
-    # The start is at rest, so zeros in front change nothing.
-    padded = np.concatenate([np.zeros((batch, -samples % chunk)), u], axis=1)
-    blocks = padded.reshape(batch, -1, chunk).transpose(1, 0, 2)
-    return np.asarray(
-        _lti_chunks(*(jnp.asarray(part, jnp.float32) for part in (power, inputs, blocks))),
-        np.float64,
-    )
-
-
-@jax.jit
-def _lti_chunks(power: jax.Array, inputs: jax.Array, blocks: jax.Array) -> jax.Array:
-    exact = jax.lax.Precision.HIGHEST
-
-    def advance(x: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
-        moved = jnp.matmul(x, power.T, precision=exact)
-        return moved + jnp.matmul(block, inputs, precision=exact), None
-
-    start = jnp.zeros((blocks.shape[1], power.shape[0]), power.dtype)
-    return jax.lax.scan(advance, start, blocks)[0]
+def _chunk(samples: int) -> int:
+    """As many chunks as there are samples in one: the fewest matrix products in a row."""
+    return max(1, int(np.sqrt(samples)))
 
 
 def legs_last_state(arm: str, u: np.ndarray, state: int) -> np.ndarray:
@@ -190,7 +141,7 @@ def legs_last_state(arm: str, u: np.ndarray, state: int) -> np.ndarray:
         (True, True)
     """
     signals = jnp.asarray(u, jnp.float32)
-    last = legs_scan(signals, state, last_only=True, **_LEGS_OPTIONS[arm])
+    last = hippo.legs_scan(signals, state, last_only=True, **_LEGS_OPTIONS[arm])
     return np.asarray(last, np.float64)
 
 
@@ -226,14 +177,8 @@ def rebuild(arm: str, x: np.ndarray, s: np.ndarray) -> np.ndarray:
         >>> rebuild("legs", np.array([[1.0, 0.0]]), np.array([0.25])).tolist()
         [[1.0]]
     """
-    size = x.shape[-1]
-    if arm.startswith("fout"):
-        j = np.arange(1, (size - 1) // 2 + 1)[:, None]
-        angle = 2 * np.pi * j * s
-        harmonics = x[:, 1::2] @ np.cos(angle) + x[:, 2::2] @ np.sin(angle)
-        return x[:, :1] + np.sqrt(2) * harmonics
-    scaled = (x * np.sqrt(2 * np.arange(size) + 1.0)).T
-    return np.polynomial.legendre.legval(2 * s - 1, scaled)
+    measure = "legs" if arm.startswith("legs") else arm
+    return np.asarray(hippo.reconstruct(jnp.asarray(x), s, measure=measure), np.float64)
 
 
 def relative_error(rebuilt: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -250,8 +195,17 @@ def relative_error(rebuilt: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 def window_state(arm: str, u: np.ndarray, state: int, window: float) -> np.ndarray:
     """Last state of a sliding window of so many samples."""
-    size = _fourier_size(state) if arm.startswith("fout") else state
-    return lti_last_state(*transition(arm, size, window=float(window)), u)
+    last = hippo.project(
+        jnp.asarray(u, jnp.float32),
+        _fourier_size(state) if arm.startswith("fout") else state,
+        measure=arm,
+        dt=1.0,
+        window=float(window),
+        parallel=True,
+        chunk=_chunk(u.shape[-1]),
+        last_only=True,
+    )
+    return np.asarray(last, np.float64)
 
 
 def timescale_error(arm: str, u: np.ndarray, *, state: int, window: int) -> np.ndarray | None:
@@ -272,9 +226,11 @@ def timescale_error(arm: str, u: np.ndarray, *, state: int, window: int) -> np.n
         rebuilt[:, inside] = rebuild(arm, x, 1 - age[inside])
         return relative_error(rebuilt, u)
     if arm == "legs-lti":
-        A, B = transition("legs", state)
-        x = lti_last_state(A / window, B / window, u)
-        return relative_error(rebuild(arm, x, np.exp(-age)), u)
+        A, B = hippo.transition("legs", state)
+        system = discretize.zoh(A, B, 1 / window)
+        signals = jnp.asarray(u, jnp.float32)
+        last = hippo.lti_scan(*system, signals, chunk=_chunk(samples), last_only=True)
+        return relative_error(rebuild(arm, np.asarray(last), np.exp(-age)), u)
     return None
 
 

@@ -50,19 +50,40 @@ def _sequential(x: Array, u: Array, A_bar: Array, B_bar: Array, last_only: bool)
     return last if last_only else jnp.moveaxis(states, 0, 1)
 
 
-def _chunked(x: Array, u: Array, A_bar: Array, B_bar: Array, chunk: int, last_only: bool) -> Array:
-    """States by chunks; the length of `u` is a multiple of `chunk`."""
-    b, T = u.shape
-    N = A_bar.shape[0]
-    blocks = u.reshape(b, T // chunk, chunk)
+def _chunk_matrices(A_bar: Any, B_bar: Any, chunk: int) -> tuple[Any, Any]:
+    """Rows Ā^m B̄, m = 0..chunk−1, and Ā^chunk; in float64 for a system on the host.
+
+    A step so short that Ā rounds to the identity in float32 then costs no accuracy.
+    """
+    if isinstance(A_bar, np.ndarray) and isinstance(B_bar, np.ndarray):
+        rows = np.empty((chunk, len(B_bar)), np.result_type(A_bar, B_bar, np.float64))
+        rows[0] = B_bar
+        for m in range(1, chunk):
+            rows[m] = A_bar @ rows[m - 1]
+        return rows, np.linalg.matrix_power(A_bar, chunk)
 
     def impulse(column, _):
         return jnp.matmul(A_bar, column, precision=HIGHEST), column
 
-    # Rows Ā^m B̄, m = 0..chunk-1; the newest sample of a chunk meets m = 0.
     _, rows = jax.lax.scan(impulse, B_bar, length=chunk)
+    return rows, _power(A_bar, chunk)
+
+
+def _chunked(
+    x: Array,
+    u: Array,
+    A_bar: Array,
+    B_bar: Array,
+    rows: Array,
+    jump: Array,
+    last_only: bool,
+) -> Array:
+    """States by chunks of `len(rows)` samples, of which the length of `u` is a multiple."""
+    b, T = u.shape
+    chunk, N = rows.shape
+    blocks = u.reshape(b, T // chunk, chunk)
+    # The newest sample of a chunk meets m = 0.
     driven = jnp.matmul(blocks, rows[::-1], precision=HIGHEST)
-    jump = _power(A_bar, chunk)
 
     def body(state, drive):
         after = jnp.matmul(state, jump.T, precision=HIGHEST) + drive
@@ -105,7 +126,7 @@ def lti_scan(
     T/M + M instead of T.
 
     Args:
-      A_bar: discrete transition `[state, state]`.
+      A_bar: discrete transition `[state, state]`. Of a NumPy array chunks take powers in float64.
       B_bar: discrete input vector `[state]`.
       u: samples `[..., length]`.
       state: states before the first sample, `[..., state]`; default 0.
@@ -146,7 +167,11 @@ def lti_scan(
         if head:
             pieces.append(_sequential(x, flat[:, :head], A, B, last_only))
             x = pieces[0] if last_only else pieces[0][:, -1]
-        pieces.append(_chunked(x, flat[:, head:], A, B, chunk, last_only))
+        on_host = isinstance(transition, np.ndarray) and isinstance(column, np.ndarray)
+        system = (transition, column) if on_host else (A, B)
+        matrices = _chunk_matrices(system[0], system[1], chunk)
+        rows, jump = (jnp.asarray(matrix).astype(work) for matrix in matrices)
+        pieces.append(_chunked(x, flat[:, head:], A, B, rows, jump, last_only))
         states = pieces[-1] if last_only else jnp.concatenate(pieces, axis=1)
     return _finish(states, u, N, work, last_only)
 
