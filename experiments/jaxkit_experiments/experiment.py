@@ -281,6 +281,7 @@ class Experiment(abc.ABC):
       arms: every valid arm; empty leaves the check to the config.
       columns: metrics shown in the table; empty shows all.
       paper: the paper's numbers, arm to metric to value.
+      paper_note: what they were measured on, where that is not what is run here.
       claims: what the results are held against.
     """
 
@@ -293,6 +294,7 @@ class Experiment(abc.ABC):
     arms: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    paper_note: ClassVar[str] = ""
     claims: ClassVar[tuple[Claim, ...]] = ()
 
     @abc.abstractmethod

@@ -194,7 +194,9 @@ def _table(caption: str, summary: Mapping[str, Any]) -> str:
                 row += f'<td class="paper">{"–" if value is None else f"{float(value):.4g}"}</td>'
         rows += f"<tr>{row}</tr>"
     seeds = len(summary.get("seeds", []))
-    note = f'<p class="note">Mean ± standard deviation over {seeds} seeds.</p>' if seeds > 1 else ""
+    notes = [f"Mean ± standard deviation over {seeds} seeds."] if seeds > 1 else []
+    notes += [escape(summary["paper_note"])] if cited and summary.get("paper_note") else []
+    note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
     return (
         f'<h3>Results</h3><div class="scroll" role="region" aria-label="{escape(caption)}" '
         f'tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}'

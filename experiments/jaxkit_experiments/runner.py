@@ -187,6 +187,7 @@ def _run(
         "columns": _columns(experiment, results),
         "arms": arms,
         "paper": experiment.paper,
+        "paper_note": experiment.paper_note,
         "claims": [
             {"text": claim.text, "source": claim.source} | dataclasses.asdict(verdict)
             for claim, verdict in zip(experiment.claims, verdicts, strict=True)
@@ -352,6 +353,8 @@ def _print_outcome(
     console.print(table)
     if len(results.config.seeds) > 1:
         console.print(f"mean ± standard deviation over {len(results.config.seeds)} seeds")
+    if paper and experiment.paper_note:
+        console.print(escape(experiment.paper_note), highlight=False, soft_wrap=True)
     if verdicts:
         console.print("\n[bold]Claims[/]")
     for claim, verdict in zip(experiment.claims, verdicts, strict=False):

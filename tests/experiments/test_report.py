@@ -79,6 +79,7 @@ def test_shows_each_run_with_its_table_claims_and_plots(runs, page):
     values = np.asarray(summary["arms"]["line"]["error"])
     assert f"{values.mean():.4g} <small>± {values.std(ddof=1):.2g}</small>" in text
     assert '<td class="paper">0.25</td>' in text
+    assert "The paper &lt;drew&gt; with a ruler." in text
     for claim in summary["claims"]:
         assert claim["text"] in text
         assert f">{claim['status']}</span>" in text

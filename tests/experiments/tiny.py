@@ -57,6 +57,7 @@ class Tiny(Experiment):
     arms = ("line", "curve", "absent")
     columns = ("error", "bias")
     paper: ClassVar = {"line": {"error": 0.25}}
+    paper_note = "The paper <drew> with a ruler."
     claims = (
         Claim(
             "The line fits better than the curve",

@@ -452,7 +452,9 @@ class Digits(SequenceExperiment):
     )
     config_class = DigitsConfig
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"accuracy": 0.9963}}
-    paper_note = "The paper's number is for sequential MNIST, 784 pixels, 60 000 images."
+    paper_note: ClassVar[str] = (
+        "The paper's number is for sequential MNIST, 784 pixels, 60 000 images."
+    )
     claims: ClassVar[tuple[Claim, ...]] = DIGIT_CLAIMS
     presets: ClassVar[Mapping[str, Any]] = {
         "smoke": DigitsConfig(
@@ -493,7 +495,9 @@ class PermutedDigits(Digits):
         "order. Accuracy is on the test set after the last step."
     )
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"accuracy": 0.9870}}
-    paper_note = "The paper's number is for permuted MNIST, 784 pixels, 60 000 images."
+    paper_note: ClassVar[str] = (
+        "The paper's number is for permuted MNIST, 784 pixels, 60 000 images."
+    )
     permuted = True
 
 
@@ -524,7 +528,7 @@ class RateChange(Digits):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "s4-legs": {"accuracy": 0.9832, "half_rate": 0.9630}
     }
-    paper_note = "The paper's numbers are for Speech Commands (SC10), raw audio."
+    paper_note: ClassVar[str] = "The paper's numbers are for Speech Commands (SC10), raw audio."
     claims = (
         Claim(
             "S4 works at half the sampling rate without training again: at most 5 points lost, and "
@@ -608,7 +612,7 @@ class Copying(SequenceExperiment):
         "s4-legs": {"accuracy": 0.293},
         "rtf": {"accuracy": 0.221},
     }
-    paper_note = "RTF paper, table 2: 64 symbols, length 1024, state 64."
+    paper_note: ClassVar[str] = "RTF paper, table 2: 64 symbols, length 1024, state 64."
     stepped = 64
     claims: ClassVar[tuple[Claim, ...]] = (
         Claim(
@@ -676,7 +680,7 @@ class SelectiveCopying(Copying):
         "time-invariant layer must fail."
     )
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"accuracy": 0.183}}
-    paper_note = "Mamba paper (arXiv 2312.00752): 16 tokens, length 4096."
+    paper_note: ClassVar[str] = "Mamba paper (arXiv 2312.00752): 16 tokens, length 4096."
     claims: ClassVar[tuple[Claim, ...]] = (
         Claim(
             "A time-invariant layer does not solve selective copying: S4 stays below 60 %.",
@@ -728,7 +732,7 @@ class Delay(SequenceExperiment):
     config_class = DelayConfig
     columns = ("rmse", "steps_per_second", "seconds")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"s4-legs": {"rmse": 0.41}}
-    paper_note = "RTF paper, table 2: delay by 1000, state 64."
+    paper_note: ClassVar[str] = "RTF paper, table 2: delay by 1000, state 64."
     stepped = 32
     claims: ClassVar[tuple[Claim, ...]] = (
         Claim("S4 delays better than a GRU.", "arXiv 2206.12037", _lower("s4-legs", "gru", 0.9)),
@@ -867,7 +871,9 @@ class ListOps(SequenceExperiment):
         "s4d-legs": {"accuracy": 0.6047},
         "rtf": {"accuracy": 0.6159},
     }
-    paper_note = "Long Range Arena, lengths 500 to 2000, 96 000 expressions, 40 epochs."
+    paper_note: ClassVar[str] = (
+        "Long Range Arena, lengths 500 to 2000, 96 000 expressions, 40 epochs."
+    )
     stepped = 32
     claims: ClassVar[tuple[Claim, ...]] = (
         Claim(
