@@ -143,3 +143,14 @@ def test_gbt_weight_is_on_the_implicit_side():
     A, B = np.array([[-2.0]]), np.array([1.0])
     assert gbt(A, B, 0.25, alpha=0.0)[0] == 0.5
     assert gbt(A, B, 0.5, alpha=1.0)[0] == 0.5
+
+
+def test_held_input_kernel_of_two_legs_states():
+    A, B = transition("legs", 2)
+    A_bar, B_bar = (np.asarray(part) for part in discretize(A, B, 0.5, method="zoh"))
+    state, kernel = B_bar, []
+    for _ in range(4):
+        kernel.append(state.sum())  # C = [1, 1]
+        state = A_bar @ state
+    printed = [0.8068253761, 0.2280734793, 0.0422100266, -0.0097601957]
+    np.testing.assert_allclose(kernel, printed, atol=6e-11)
