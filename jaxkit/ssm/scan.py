@@ -241,9 +241,8 @@ def zoh_transition(
     Example:
       >>> import jax.numpy as jnp
       >>> decay, gain = zoh_transition(jnp.asarray([-1.0, 0.0]), jnp.asarray([0.5, 2.0]))
-      >>> print(gain.round(4))
-      [[0.3935 0.5   ]
-       [0.8647 2.    ]]
+      >>> [[round(float(x), 4) for x in row] for row in gain]
+      [[0.3935, 0.5], [0.8647, 2.0]]
 
     Source: Gu, Gupta, Goel, Ré 2022 (arXiv 2206.11893); Smith et al. 2022 (2208.04933, sec. 6.3).
     """
