@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from jaxkit._checks import check_choice, nearest
+from jaxkit._checks import check_choice
 from jaxkit_experiments.runfolder import MetricLog, disk_errors
 
 __all__ = ["Claim", "Context", "Experiment", "MissingResult", "Results", "Task", "Verdict"]
@@ -141,7 +141,6 @@ class Results:
         if arm not in self._arms:
             raise MissingResult(
                 f"arm {arm!r} was not run (there are: {', '.join(self._arms) or 'none'})."
-                f"{nearest(arm, self._arms)}"
             )
         return self._arms[arm]
 

@@ -2,7 +2,9 @@
 
 Two timings taken minutes apart on a busy machine compare the machine with itself. Here the
 candidates take turns: every round times each of them once, in rotating order, so that a burst of
-other work hits all of them alike, and a ratio is the median over rounds of paired ratios.
+other work hits all of them alike, and a ratio is the median over rounds of paired ratios. A turn
+opens with one call that is not timed: it would pay for the caches that the candidate before it
+left behind, which a program that runs one of them does not.
 """
 
 import importlib.metadata
@@ -93,13 +95,14 @@ def compare(
     *,
     repeats: int = 9,
     warmup: int = 1,
-    min_sample: float = 2e-3,
+    min_sample: float = 1e-2,
     budget: float | None = None,
 ) -> dict[str, Timing]:
     """Time functions without arguments side by side: interleaved rounds after a warm-up.
 
-    Every call is followed by `jax.block_until_ready`. A function shorter than `min_sample` is
-    called several times per sample, and the sample is the mean of those calls.
+    Every call is followed by `jax.block_until_ready`, and every turn opens with an untimed call.
+    A function shorter than `min_sample` is called several times per sample, and the sample is the
+    mean of those calls.
 
     Args:
         functions: name to function; compile (`jax.jit`) and bind the arguments first.
@@ -141,6 +144,7 @@ def compare(
             break
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
+            jax.block_until_ready(functions[name]())
             samples[name].append(_call(functions[name], times[name]))
     return {name: Timing(name, tuple(values)) for name, values in samples.items()}
 
