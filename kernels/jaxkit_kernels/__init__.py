@@ -4,6 +4,7 @@ Every operation takes `implementation="auto" | "reference" | "xla" | "pallas_tpu
 """
 
 from jaxkit_kernels.cauchy import dplr_generating_function
+from jaxkit_kernels.nearest_code import NearestCode, nearest_code
 from jaxkit_kernels.vandermonde import vandermonde
 
-__all__ = ["dplr_generating_function", "vandermonde"]
+__all__ = ["NearestCode", "dplr_generating_function", "nearest_code", "vandermonde"]

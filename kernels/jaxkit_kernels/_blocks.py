@@ -11,6 +11,9 @@ __all__ = [
     "CauchyGpuBlocks",
     "CauchyTpuBlocks",
     "CauchyXlaBlocks",
+    "NearestCodeGpuBlocks",
+    "NearestCodeTpuBlocks",
+    "NearestCodeXlaBlocks",
     "VandermondeGpuBlocks",
     "VandermondeTpuBlocks",
     "VandermondeXlaBlocks",
@@ -88,6 +91,29 @@ class VandermondeGpuBlocks(BlockSizes):
     """Blocks of 128 positions in one program of the GPU kernels."""
 
     rows: int = _size(power_of_two=True, most=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestCodeXlaBlocks(BlockSizes):
+    """Tokens handled at a time by the pure-JAX form, and columns the codes are laid out in."""
+
+    tokens: int = _size(most=1 << 16)
+    codes: int = _size(most=1 << 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestCodeTpuBlocks(BlockSizes):
+    """Tokens in one program of the TPU kernel, and codes it takes at a time."""
+
+    tokens: int = _size(multiple_of=128, most=4096)
+    codes: int = _size(multiple_of=128, most=4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestCodeGpuBlocks(BlockSizes):
+    """Codes that a program of the GPU kernel takes at a time."""
+
+    codes: int = _size(power_of_two=True, most=64)
 
 
 def bucket(*sizes: int) -> tuple[int, ...]:
