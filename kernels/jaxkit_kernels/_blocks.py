@@ -17,6 +17,9 @@ __all__ = [
     "VandermondeGpuBlocks",
     "VandermondeTpuBlocks",
     "VandermondeXlaBlocks",
+    "VqAttentionGpuBlocks",
+    "VqAttentionTpuBlocks",
+    "VqAttentionXlaBlocks",
     "bucket",
     "choose",
     "device_kind",
@@ -114,6 +117,28 @@ class NearestCodeGpuBlocks(BlockSizes):
     """Codes that a program of the GPU kernel takes at a time."""
 
     codes: int = _size(power_of_two=True, most=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class VqAttentionXlaBlocks(BlockSizes):
+    """Most blocks of L queries handled at a time by the pure-JAX form."""
+
+    blocks: int = _size()
+
+
+@dataclasses.dataclass(frozen=True)
+class VqAttentionTpuBlocks(BlockSizes):
+    """Queries, and keys or codes, in one tile of the TPU kernels."""
+
+    queries: int = _size(multiple_of=8, most=1024)
+    keys: int = _size(multiple_of=128, most=1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class VqAttentionGpuBlocks(BlockSizes):
+    """Keys or codes in one tile of the GPU kernels; a warpgroup has 64 queries."""
+
+    keys: int = _size(multiple_of=64, power_of_two=True, most=128)
 
 
 def bucket(*sizes: int) -> tuple[int, ...]:
