@@ -1,0 +1,1 @@
+"""Vector quantisation: in-context Markov chains, byte-level language models, digits, memory."""
