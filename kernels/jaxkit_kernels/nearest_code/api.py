@@ -65,6 +65,14 @@ def _check(x, codebook, mask, implementation, block_sizes) -> None:
         raise ValueError(f"mask must have shape {x.shape[:1]}, one a token; got {mask.shape}.")
 
 
+def _sharding(x: jax.Array, *spec: Any) -> jax.sharding.NamedSharding | None:
+    """What look-up and scatter must be told where the sharding of `x` is explicit, as a type."""
+    known = jax.typeof(x).sharding
+    if not any(known.spec):
+        return None
+    return jax.sharding.NamedSharding(known.mesh, jax.sharding.PartitionSpec(*spec))
+
+
 def nearest_code(
     x: Float[Array, "tokens features"],
     codebook: Float[Array, "codes features"],
@@ -153,12 +161,15 @@ def nearest_code(
 
     squared = None
     if distance:
-        nearest = jnp.take(codebook, index, axis=0, mode="fill", fill_value=jnp.nan)
+        nearest = codebook.at[index].get(
+            mode="fill", fill_value=jnp.nan, out_sharding=_sharding(x, *jax.typeof(x).sharding.spec)
+        )
         squared = jnp.sum((x - nearest) ** 2, axis=1)
         if mask is not None:
             squared = jnp.where(mask, squared, 0)
         squared = squared.astype(out_dtype)
     histogram = None
     if counts:
-        histogram = jnp.zeros(num_codes, jnp.int32).at[index].add(1, mode="drop")
+        empty = jnp.zeros(num_codes, jnp.int32)
+        histogram = empty.at[index].add(1, mode="drop", out_sharding=_sharding(x, None))
     return NearestCode(index, squared, runner_up, histogram)

@@ -20,8 +20,13 @@ def _sizes(
     tokens: int, codes: int, features: int, given: _blocks.BlockSizes | None
 ) -> _blocks.NearestCodeXlaBlocks:
     def heuristic() -> _blocks.NearestCodeXlaBlocks:
-        # A few MiB of scores: they stay in the cache.
-        return _blocks.NearestCodeXlaBlocks(tokens=128, codes=512)
+        # On CPU the scores of a step stay in the cache. A step is a small part of all tokens, so
+        # that its scores are a small part of the whole matrix.
+        most = 128 if jax.default_backend() == "cpu" else 2048
+        rows = 1 << max(tokens // 64, 8).bit_length() - 1
+        # At most some sixteen blocks, since they are unrolled.
+        columns = max(-(-codes // 16 // 128) * 128, 256)
+        return _blocks.NearestCodeXlaBlocks(tokens=min(rows, most), codes=min(columns, 1 << 16))
 
     return _blocks.choose(
         given,
@@ -44,7 +49,7 @@ def _search(score: jax.Array, num_codes: int, columns: int, second: bool):
     """(first, second or None) for scores [tokens, blocks * columns]."""
     count = score.shape[1] // columns
     best = score[:, :columns]
-    block = jnp.zeros(best.shape, jnp.int32)
+    block = jnp.zeros_like(best, jnp.int32)
     runner, runner_block = jnp.full_like(best, jnp.inf), block
     for j in range(1, count):
         new = score[:, j * columns : (j + 1) * columns]
@@ -75,9 +80,10 @@ def forward(
     """As `reference.forward`, with O(tokens of a block times K) memory."""
     (total, features), num_codes = x.shape, codebook.shape[0]
     sizes = _sizes(total, num_codes, features, block_sizes)
-    columns = min(sizes.codes, num_codes)
+    blocks = -(-num_codes // sizes.codes)
+    columns = -(-num_codes // (8 * blocks)) * 8  # evenly, so that little is padded
     centre, negative, bias = centred(codebook)
-    extra = -num_codes % columns
+    extra = blocks * columns - num_codes
     weights = jnp.pad(negative, ((0, extra), (0, 0))).T
     bias = jnp.pad(bias, (0, extra), constant_values=jnp.inf)[None]
 
