@@ -12,8 +12,8 @@ import jax.numpy as jnp
 __all__ = ["to_keys", "to_lags"]
 
 
-def to_keys(bias: jax.Array, length: int) -> jax.Array:
-    """[..., L, W + 1] by lag -> [..., L, 2 L] by key, zero beyond the lags 0..W.
+def to_keys(bias: jax.Array, length: int, extra: int = 0) -> jax.Array:
+    """[..., L, W + 1] by lag -> [..., L, 2 L + extra] by key, zero beyond the lags 0..W.
 
     Example:
         >>> import jax.numpy as jnp
@@ -22,9 +22,10 @@ def to_keys(bias: jax.Array, length: int) -> jax.Array:
     """
     window = bias.shape[-1] - 1
     lead = [(0, 0)] * (bias.ndim - 1)
-    rows = jnp.pad(bias[..., ::-1], [*lead, (length - window, length)])
-    flat = rows.reshape(*bias.shape[:-2], length * (2 * length + 1))
-    return flat[..., : 2 * length * length].reshape(*bias.shape[:-2], length, 2 * length)
+    width = 2 * length + extra
+    rows = jnp.pad(bias[..., ::-1], [*lead, (length - window, length + extra)])
+    flat = rows.reshape(*bias.shape[:-2], length * (width + 1))
+    return flat[..., : length * width].reshape(*bias.shape[:-2], length, width)
 
 
 def to_lags(by_key: jax.Array, window: int) -> jax.Array:

@@ -62,7 +62,7 @@ class _Chunks:
 
         lag = length + np.arange(length)[:, None] - np.arange(2 * length)
         causal = jnp.asarray(np.where(lag >= 0, 0.0, MASKED), self.dtype)
-        # What is added to the recent scores of every block: [groups or 1, share L, 2 L].
+        # What is added to the scores of every block: [groups or 1, share L, 2 L + S].
         self.rows = self.share * length
         fixed = jnp.broadcast_to(causal, (1, self.share, length, 2 * length))
         self.bias = None
@@ -75,7 +75,8 @@ class _Chunks:
             fixed = jnp.broadcast_to(fixed, by_key.shape) + by_key
         elif bias is not None:
             self.bias = bias
-        self.fixed = fixed.reshape(-1, self.rows, 2 * length)
+        fixed = jnp.pad(fixed, ((0, 0), (0, 0), (0, 0), (0, self.codes)))
+        self.fixed = fixed.reshape(-1, self.rows, 2 * length + self.codes)
 
     def per_query(self, x: jax.Array, step: jax.Array) -> jax.Array:
         """Of [batch, heads, time, ...]: [batch, groups, chunk, share L, ...]."""
@@ -126,19 +127,21 @@ class _Chunks:
         """[batch, groups, chunk, share L, 2 L + S], masked."""
         seen = self._pairs(self.valid, step, 1)
         hidden = jnp.where(seen, jnp.zeros((), self.dtype), jnp.full((), MASKED, self.dtype))
-        recent = self.fixed[None, :, None] + hidden[:, None, :, None]
-        recent = jnp.broadcast_to(
-            recent, (self.batch, self.groups, self.chunk, self.rows, 2 * self.length)
+        hidden = jnp.broadcast_to(
+            hidden[:, None], (self.batch, self.groups, self.chunk, 2 * self.length)
         )
+        cache = jax.lax.dynamic_slice_in_dim(self.log_counts, step * self.chunk, self.chunk, axis=2)
+        # By column and by row, apart: the sum is one vectorised pass over the scores.
+        by_column = jax.lax.optimization_barrier(jnp.concatenate([hidden, cache], axis=-1))
+        scores = _einsum("bgcid,bgcjd->bgcij", queries, keys)
+        scores = scores + by_column[:, :, :, None] + self.fixed[None, :, None]
         if self.bias is not None:
             lags = self.per_query(self.bias, step).reshape(
-                *recent.shape[:3], self.share, self.length, self.window + 1
+                *scores.shape[:3], self.share, self.length, self.window + 1
             )
-            recent = recent + skew.to_keys(lags, self.length).reshape(recent.shape)
-        cache = jax.lax.dynamic_slice_in_dim(self.log_counts, step * self.chunk, self.chunk, axis=2)
-        cache = jnp.broadcast_to(cache[:, :, :, None], (*recent.shape[:4], self.codes))
-        offset = jnp.concatenate([recent, cache], axis=-1)
-        return _einsum("bgcid,bgcjd->bgcij", queries, keys) + offset
+            by_key = skew.to_keys(lags, self.length, self.codes)
+            scores = scores + by_key.reshape(scores.shape)
+        return scores
 
 
 def forward(
@@ -210,18 +213,24 @@ def backward(
         at_weights = _einsum("bgcid,bgcjd->bgcij", g, chunks.values(step))
         at_scores = weights * (at_weights - chunks.per_query(delta, step)[..., None])
         bar_q = _einsum("bgcij,bgcjd->bgcid", at_scores, keys)
-        bar_values = _einsum("bgcij,bgcid->bgcjd", weights, g)
-        at_recent = at_scores[..., :recent]
-        bar_keys = _einsum("bgcij,bgcid->bgcjd", at_recent, queries)
+        # Products that contract the queries run fastest with their left side laid out by rows.
+        g_rows, q_rows = jax.lax.optimization_barrier(
+            (jnp.swapaxes(g, -1, -2), jnp.swapaxes(queries, -1, -2))
+        )
+        bar_values = jnp.swapaxes(_einsum("bgcdi,bgcij->bgcdj", g_rows, weights), -1, -2)
+        bar_keys = jnp.swapaxes(_einsum("bgcdi,bgcij->bgcdj", q_rows, at_scores), -1, -2)
         results = {
             "q": bar_q.astype(q.dtype),
-            "keys": bar_keys,
+            "keys": bar_keys[..., :recent, :],
             "values": bar_values[..., :recent, :],
             "means": bar_values[..., recent:, :].astype(means.dtype),
         }
         if table:
-            carry = carry + jnp.sum(at_recent, axis=2)
+            # A matmul with ones: XLA's own sum over the blocks takes as long as everything else.
+            ones = jnp.ones(chunks.chunk, dtype)
+            carry = carry + _einsum("c,bgcij->bgij", ones, at_scores)[..., :recent]
         elif bias is not None:
+            at_recent = at_scores[..., :recent]
             by_key = at_recent.reshape(*at_recent.shape[:3], chunks.share, block_length, recent)
             by_lag = skew.to_lags(by_key, window).astype(bias.dtype)
             results["bias"] = by_lag.reshape(*at_recent.shape[:4], window + 1)
