@@ -289,12 +289,29 @@ def revive(
       >>> print(ema_codebook(state, smoothing="none")[:, 0], state.counts)
       [2. 7.] [1.5 1. ]
     """
+    return revive_rows(
+        key, state, z, threshold=threshold, reset_size=reset_size, mask=mask, axis_name=axis_name
+    )[0]
+
+
+def revive_rows(
+    key: Key,
+    state: EMAState,
+    z: Array,
+    *,
+    threshold: float,
+    reset_size: float | None,
+    mask: Array | None,
+    axis_name: str | tuple[str, ...] | None,
+) -> tuple[EMAState, Array, Array]:
+    """`revive`, and which codes were replaced by which rows."""
     check_real("threshold", threshold, above=0)
     reset_size = threshold if reset_size is None else reset_size
     check_real("reset_size", reset_size, above=0)
     check_vectors(z, state.sums.shape[1])
     rows, any_row = sample_rows(key, z, state.sums.shape[0], mask=mask, axis_name=axis_name)
-    dead = (state.counts < threshold) & any_row
-    sums = jnp.where(dead[:, None], rows.astype(state.sums.dtype) * reset_size, state.sums)
-    counts = jnp.where(dead, jnp.asarray(reset_size, state.counts.dtype), state.counts)
-    return EMAState(sums, counts)
+    rows = jax.lax.stop_gradient(rows).astype(state.sums.dtype)
+    replaced = (state.counts < threshold) & any_row
+    sums = jnp.where(replaced[:, None], rows * reset_size, state.sums)
+    counts = jnp.where(replaced, jnp.asarray(reset_size, state.counts.dtype), state.counts)
+    return EMAState(sums, counts), replaced, rows
