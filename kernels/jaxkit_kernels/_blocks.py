@@ -114,9 +114,10 @@ class NearestCodeTpuBlocks(BlockSizes):
 
 @dataclasses.dataclass(frozen=True)
 class NearestCodeGpuBlocks(BlockSizes):
-    """Codes that a program of the GPU kernel takes at a time."""
+    """Tokens in one program of the GPU kernel, and codes it takes at a time."""
 
-    codes: int = _size(power_of_two=True, most=64)
+    tokens: int = _size(multiple_of=128, power_of_two=True, most=1024)
+    codes: int = _size(power_of_two=True, most=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ class VqAttentionXlaBlocks(BlockSizes):
 class VqAttentionTpuBlocks(BlockSizes):
     """Queries, and keys or codes, in one tile of the TPU kernels."""
 
-    queries: int = _size(multiple_of=8, most=1024)
+    queries: int = _size(multiple_of=128, most=1024)
     keys: int = _size(multiple_of=128, most=1024)
 
 
