@@ -9,11 +9,11 @@ beside the distances, so both sides are first taken from a centre of the codeboo
 import jax
 import jax.numpy as jnp
 
-__all__ = ["centred"]
+__all__ = ["centre_and_bias", "least"]
 
 
-def centred(codebook: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(m, -(c_k - m), |c_k - m|^2 / 2): the score of k is the third plus (x - m) . the second.
+def centre_and_bias(codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """m [features] and |c_k - m|^2 / 2 [codes]; a score is the latter minus (x - m) . (c_k - m).
 
     The centre m is the mean, rounded to a power of two near a sixteenth of the codebook's extent.
     That keeps it as good a centre, and makes the subtractions exact where the data have few digits
@@ -25,5 +25,11 @@ def centred(codebook: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     # Where all codes are the same, or overflow, the unit is nothing to round to.
     usable = (unit > 0) & jnp.isfinite(mean / unit)
     centre = jnp.where(usable, jnp.round(mean / unit) * unit, mean)
-    negative = centre[None] - codebook
-    return centre, negative, jnp.sum(negative * negative, axis=1) / 2
+    return centre, jnp.sum((codebook - centre[None]) ** 2, axis=1) / 2
+
+
+def least(score: jax.Array, code: jax.Array, none: int) -> jax.Array:
+    """The lowest of the codes with the least score, [tokens]; `none` where no score is finite."""
+    value = jnp.min(score, axis=1, keepdims=True)
+    hit = (score == value) & jnp.isfinite(value)
+    return jnp.min(jnp.where(hit, code, none), axis=1)

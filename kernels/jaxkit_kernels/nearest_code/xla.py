@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit_kernels import _blocks
-from jaxkit_kernels.nearest_code.scores import centred
+from jaxkit_kernels.nearest_code.scores import centre_and_bias, least
 
 __all__ = ["forward"]
 
@@ -38,13 +38,6 @@ def _sizes(
     )
 
 
-def _least(score: jax.Array, code: jax.Array, none: int) -> jax.Array:
-    """The lowest of the codes with the least score; `none` where no score is finite."""
-    least = jnp.min(score, axis=1, keepdims=True)
-    hit = (score == least) & jnp.isfinite(least)
-    return jnp.min(jnp.where(hit, code, none), axis=1)
-
-
 def _search(score: jax.Array, num_codes: int, columns: int, second: bool):
     """(first, second or None) for scores [tokens, blocks * columns]."""
     count = score.shape[1] // columns
@@ -62,12 +55,12 @@ def _search(score: jax.Array, num_codes: int, columns: int, second: bool):
         best = jnp.where(closer, new, best)
     column = jnp.arange(columns, dtype=jnp.int32)[None]
     code = block * columns + column
-    first = _least(best, code, num_codes)
+    first = least(best, code, num_codes)
     if not second:
         return first, None
     won = code == first[:, None]
     rest = jnp.where(won, runner, best)
-    return first, _least(rest, jnp.where(won, runner_block * columns + column, code), num_codes)
+    return first, least(rest, jnp.where(won, runner_block * columns + column, code), num_codes)
 
 
 def forward(
@@ -82,9 +75,9 @@ def forward(
     sizes = _sizes(total, num_codes, features, block_sizes)
     blocks = -(-num_codes // sizes.codes)
     columns = -(-num_codes // (8 * blocks)) * 8  # evenly, so that little is padded
-    centre, negative, bias = centred(codebook)
+    centre, bias = centre_and_bias(codebook)
     extra = blocks * columns - num_codes
-    weights = jnp.pad(negative, ((0, extra), (0, 0))).T
+    weights = jnp.pad(centre[None] - codebook, ((0, extra), (0, 0))).T
     bias = jnp.pad(bias, (0, extra), constant_values=jnp.inf)[None]
 
     rows = min(sizes.tokens, max(total, 1))
