@@ -1,0 +1,98 @@
+"""The quantizers of the ablation behind one call: the layers of `jaxkit.quantize`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxkit.quantize import FSQ, LFQ, VectorQuantizer, vector_quantize
+
+__all__ = ["Bottleneck", "Quantized", "width"]
+
+
+class Quantized(NamedTuple):
+    """What a bottleneck makes of vectors.
+
+    Attributes:
+      output: what the decoder gets, with a gradient to the encoder.
+      index: codes, int32.
+      loss: the bottleneck's own losses, weighted and summed.
+    """
+
+    output: jax.Array
+    index: jax.Array  # type: ignore[assignment]
+    loss: jax.Array
+
+
+def width(config: Any, arm: Mapping[str, Any]) -> int:
+    """Features of a vector: d, for fsq one a level, for lfq one a bit."""
+    kind = arm.get("quantizer", "codebook")
+    if kind == "codebook":
+        return config.code_dim
+    return len(config.levels) if kind == "fsq" else int(math.log2(config.codes))
+
+
+class Bottleneck(nnx.Module):
+    """The quantizer of one arm.
+
+    Args:
+      config: of the experiment.
+      arm: {"quantizer": "fsq"} or "lfq", or `estimator`, `codebook` and `init` ("uniform",
+        "normal", or from `z`: "data", "kmeans") of a `VectorQuantizer`.
+      z: encoded images, `[batch, tokens, d]`.
+      key: of the initial codes.
+    """
+
+    def __init__(self, config: Any, arm: Mapping[str, Any], z: jax.Array, key: jax.Array):
+        self.kind = arm.get("quantizer", "codebook")
+        self.gumbel = arm.get("estimator") == "gumbel"
+        self.layer: Any
+        if self.kind == "fsq":
+            self.layer = FSQ(config.levels)
+        elif self.kind == "lfq":
+            self.layer = LFQ(
+                config.codes,
+                entropy_weight=config.entropy_weight,
+                commitment_weight=config.commitment_weight,
+            )
+        else:
+            drawn, fitted = jax.random.split(key)
+            from_data = arm["init"] in ("data", "kmeans")
+            self.layer = VectorQuantizer(
+                config.code_dim,
+                config.codes,
+                codebook=arm["codebook"],
+                estimator=arm["estimator"],
+                init="uniform" if from_data else arm["init"],
+                rngs=nnx.Rngs(drawn),
+                decay=config.decay,
+                commitment_weight=config.commitment_weight,
+                codebook_weight=config.codebook_weight,
+                gumbel_temperature=config.temperature,
+            )
+            if from_data:
+                self.layer.initialize(fitted, z, method=arm["init"], steps=config.kmeans_steps)
+        self.num_codes: int = self.layer.num_codes
+
+    def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Quantized:
+        """Quantize `[batch, tokens, d]`; with a key, as a training step that updates the codebook.
+
+        Without one, gumbel takes the nearest code: the noise is for training.
+        """
+        losses: Mapping[str, jax.Array] = {}
+        if self.kind == "fsq":
+            out = self.layer(z)
+        elif self.kind == "lfq":
+            out, losses = self.layer(z)
+        else:
+            if self.gumbel and key is None:
+                out = vector_quantize(self.layer.state(), z)
+            else:
+                out = self.layer(z, train=key is not None, key=key)
+            losses = out.losses
+        return Quantized(out.z_q, out.index, sum(losses.values(), jnp.zeros(())))
