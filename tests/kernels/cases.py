@@ -1,15 +1,24 @@
 """The operations that the kernel contract, the lowerings and the compilations run over."""
 
+from functools import partial
+
+import ml_dtypes
 import numpy as np
-from jaxkit_kernels import dplr_generating_function, vandermonde
+from jaxkit_kernels import dplr_generating_function, nearest_code, vandermonde
 from jaxkit_kernels.cauchy import CauchyGpuBlocks, CauchyTpuBlocks, CauchyXlaBlocks
+from jaxkit_kernels.nearest_code import (
+    NearestCode,
+    NearestCodeGpuBlocks,
+    NearestCodeTpuBlocks,
+    NearestCodeXlaBlocks,
+)
 from jaxkit_kernels.vandermonde import (
     VandermondeGpuBlocks,
     VandermondeTpuBlocks,
     VandermondeXlaBlocks,
 )
 
-from tests.kernels.contract import Case
+from tests.kernels.contract import Case, Operation
 
 
 def make_cauchy(rng, heads, modes, rank=1, tied=False):
@@ -98,3 +107,43 @@ VANDERMONDE = Case(
     scale=4.0,
 )
 CASES = {case.name: case for case in (CAUCHY, VANDERMONDE)}
+
+
+def nearest_code_oracle(x, codebook):
+    x, codebook = np.asarray(x, np.float64), np.asarray(codebook, np.float64)
+    distance = np.stack([np.sum((codebook - row) ** 2, axis=1) for row in x])
+    order = np.argsort(distance, axis=1, kind="stable")
+    none = np.full((len(x), 1), len(codebook))
+    index, second = np.concatenate([order, none], axis=1)[:, :2].T
+    counts = np.bincount(index, minlength=len(codebook))
+    return NearestCode(index, distance[np.arange(len(x)), index], second, counts)
+
+
+def make_nearest_code(rng, tokens, codes, features):
+    """Gaussian, without tokens whose three nearest codes are hard to tell apart in float32."""
+    short = lambda *shape: rng.standard_normal(shape).astype(ml_dtypes.bfloat16).astype(np.float64)
+    codebook, kept = short(codes, features), []
+    while len(kept) < tokens:
+        row = short(features)
+        distance = np.sort(np.sum((codebook - row) ** 2, axis=1))[:3]
+        if (np.diff(distance) > 1e-4 * (1 + distance[-1])).all():
+            kept.append(row)
+    return np.stack(kept), codebook
+
+
+NEAREST_CODE = Operation(
+    name="nearest_code",
+    function=partial(nearest_code, distance=True, second=True, counts=True),
+    arguments=lambda tokens, codes, features: ((tokens, features), (codes, features)),
+    make=make_nearest_code,
+    oracle=nearest_code_oracle,
+    shapes=((1, 1, 1), (5, 2, 1), (7, 5, 3), (130, 129, 2), (270, 300, 33)),
+    small_blocks={
+        "xla": NearestCodeXlaBlocks(tokens=7, codes=24),
+        "pallas_tpu": NearestCodeTpuBlocks(tokens=128, codes=128),
+        "pallas_gpu": NearestCodeGpuBlocks(tokens=128, codes=4),
+    },
+    large=(65536, 8192, 64),
+    dense=lambda tokens, codes, features: 4 * tokens * codes,
+)
+OPERATIONS = {operation.name: operation for operation in (NEAREST_CODE,)}

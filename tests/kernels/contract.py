@@ -49,6 +49,62 @@ class Case:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation whose arguments are not [heads, modes].
+
+    Attributes:
+        name: of the operation.
+        function: `function(*operands, implementation=, block_sizes=, interpret=)`.
+        arguments: `arguments(*shape)` gives the operands' shapes, as a tuple.
+        make: `make(rng, *shape)` gives the operands in float64, all of them bfloat16 numbers.
+        oracle: `oracle(*operands)` in NumPy float64, as `function`.
+        shapes: tiny, odd, just past a tile, several tiles.
+        small_blocks: for each implementation, block sizes that cut the last of `shapes` in many.
+        large: a shape for compilations, of the size of the benchmark.
+        dense: `dense(*shape)` gives the size of the intermediate that must not be there.
+        differentiable: indices of the operands with gradients.
+        scale: error units of the operation over those of `tol`.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Callable[..., tuple[tuple[int, ...], ...]]
+    make: Callable[..., tuple[Any, ...]]
+    oracle: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    small_blocks: dict[str, Any]
+    large: tuple[int, ...]
+    dense: Callable[..., int]
+    differentiable: tuple[int, ...] = ()
+    scale: float = 1.0
+
+    def bind(self, implementation: str, *, small: bool = False) -> Callable[..., Any]:
+        """The operation as a function of its operands, in interpret mode where that applies."""
+        return partial(
+            self.function,
+            implementation=implementation,
+            block_sizes=self.small_blocks.get(implementation) if small else None,
+            interpret=implementation in PALLAS,
+        )
+
+    def operands(self, shape: tuple[int, ...], dtype: Any, seed: int = 0) -> Any:
+        return cast(self.make(np.random.default_rng(seed), *shape), dtype)
+
+    def specs(self, shape: tuple[int, ...], dtype: Any = jnp.float32, sharding: Any = None) -> Any:
+        return [jax.ShapeDtypeStruct(s, dtype, sharding=sharding) for s in self.arguments(*shape)]
+
+    def programs(self, implementation: str) -> dict[str, Callable[..., Any]]:
+        """Forward, and with gradients the pull-back of all-ones, without interpret mode."""
+        forward = partial(self.function, implementation=implementation)
+
+        def backward(*args):
+            out, pull = jax.vjp(forward, *args)
+            return out, pull(jax.tree.map(jnp.ones_like, out))
+
+        return {"forward": forward, **({"backward": backward} if self.differentiable else {})}
+
+
 def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
 
