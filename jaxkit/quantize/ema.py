@@ -26,6 +26,7 @@ from jaxkit.quantize._common import (
     wide_dtype,
 )
 from jaxkit.quantize._sample import sample_rows
+from jaxkit.quantize._sharding import EVERYWHERE, automatic
 
 __all__ = [
     "SMOOTHINGS",
@@ -77,6 +78,7 @@ def ema_init(codebook: Float[Array, "codes dim"], *, count: float = 1.0) -> EMAS
     return EMAState(codebook.astype(wide) * count, jnp.full((num_codes,), count, wide))
 
 
+@automatic(EVERYWHERE)
 def batch_statistics(
     z: Float[Array, "*batch dim"],
     index: Int[Array, "*batch"],
@@ -250,6 +252,7 @@ def ema_codebook(
     return jnp.where(known, means, previous.astype(sums.dtype)).astype(previous.dtype)
 
 
+@automatic(EVERYWHERE)
 def revive(
     key: Key,
     state: EMAState,

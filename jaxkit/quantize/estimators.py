@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxkit._checks import check_choice, check_real
 from jaxkit._typing import Array, Bool, Float, Int, Key
 from jaxkit.quantize._common import check_vectors, select_rows, wide_dtype
+from jaxkit.quantize._sharding import BATCH, VECTORS, automatic
 from jaxkit.quantize.search import code_logits, lookup, normalize
 
 __all__ = ["ESTIMATORS", "estimate", "gumbel_softmax_code"]
@@ -143,6 +144,7 @@ def estimate(
     return q if estimator == "none" else _estimate(estimator, float(eps), z, q)
 
 
+@automatic((VECTORS, BATCH))
 def gumbel_softmax_code(
     key: Key,
     z: Float[Array, "*batch dim"],

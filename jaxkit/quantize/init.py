@@ -10,6 +10,7 @@ from jaxkit._checks import check_choice, check_int
 from jaxkit._typing import Array, Bool, Float, Int, Key
 from jaxkit.quantize._common import check_vectors, psum, wide_dtype
 from jaxkit.quantize._sample import sample_rows, usable_rows
+from jaxkit.quantize._sharding import BATCH, EVERYWHERE, automatic
 from jaxkit.quantize.ema import EMAState, batch_statistics, ema_codebook
 from jaxkit.quantize.search import nearest_code, normalize
 
@@ -45,6 +46,7 @@ def uniform_init(
     return jax.random.uniform(key, (num_codes, dim), dtype, -scale, scale)
 
 
+@automatic(EVERYWHERE)
 def data_init(
     key: Key,
     z: Float[Array, "*batch dim"],
@@ -129,6 +131,7 @@ def _plus_plus(key: Key, z: Array, num_codes: int, usable: Array) -> Array:
     return jnp.concatenate([first[None], rest])
 
 
+@automatic(KMeans._make((EVERYWHERE, BATCH, EVERYWHERE, EVERYWHERE)))
 def kmeans(
     key: Key | None,
     z: Float[Array, "*batch dim"],

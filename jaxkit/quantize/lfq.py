@@ -19,6 +19,7 @@ from jaxkit.quantize._common import (
     select_rows,
     wide_dtype,
 )
+from jaxkit.quantize._sharding import EVERYWHERE, automatic
 from jaxkit.quantize.estimators import estimate
 from jaxkit.quantize.losses import entropy, weighted_mean_rows
 
@@ -199,6 +200,7 @@ def _mean_table(up: Array, down: Array, mask: Array | None, axis_name) -> Array:
     return total / jnp.maximum(rows, 1)
 
 
+@automatic(EVERYWHERE)
 def lfq_entropies(
     z: Float[Array, "*batch dim"],
     *,

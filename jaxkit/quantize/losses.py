@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxkit._checks import check_choice, check_real
 from jaxkit._typing import Array, Bool, Float
 from jaxkit.quantize._common import check_codebook, check_mask, check_vectors, psum, wide_dtype
+from jaxkit.quantize._sharding import EVERYWHERE, automatic
 from jaxkit.quantize.search import normalize, squared_distances
 
 __all__ = [
@@ -157,6 +158,7 @@ def entropy(p: Array, axis: int = -1) -> Array:
     return -jnp.sum(p * jnp.log(safe), axis=axis)
 
 
+@automatic(EVERYWHERE)
 def code_entropies(
     z: Float[Array, "*batch dim"],
     codebook: Float[Array, "codes dim"],
@@ -206,6 +208,7 @@ def code_entropies(
     )
 
 
+@automatic(EVERYWHERE)
 def entropy_loss(
     z: Float[Array, "*batch dim"],
     codebook: Float[Array, "codes dim"],

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxkit._checks import check_int
 from jaxkit._typing import Array, Bool, Float, Key
 from jaxkit.quantize._common import check_mask, check_vectors
+from jaxkit.quantize._sharding import EVERYWHERE, VECTORS, automatic
 from jaxkit.quantize.vq import VQOutput, VQState, vector_quantize
 
 __all__ = ["merge_heads", "product_quantize", "split_heads"]
@@ -56,6 +57,7 @@ def merge_heads(z: Float[Array, "*batch heads dim"]) -> Float[Array, "*batch fea
     return z.reshape(*z.shape[:-2], z.shape[-2] * z.shape[-1])
 
 
+@automatic(VQOutput._make((VECTORS, VECTORS, EVERYWHERE, EVERYWHERE)))
 def product_quantize(
     states: VQState,
     z: Float[Array, "*batch features"],

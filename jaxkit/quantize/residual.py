@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxkit._checks import check_choice, check_int
 from jaxkit._typing import Array, Bool, Float, Int, Key
 from jaxkit.quantize._common import check_mask, check_vectors, select_rows
+from jaxkit.quantize._sharding import EVERYWHERE, VECTORS, automatic
 from jaxkit.quantize.estimators import ESTIMATORS, estimate
 from jaxkit.quantize.init import data_init, kmeans
 from jaxkit.quantize.search import lookup, nearest_code
@@ -18,6 +19,7 @@ from jaxkit.quantize.vq import VQOutput, VQState, vector_quantize, vq_init
 __all__ = ["residual_init", "residual_quantize"]
 
 
+@automatic(VQOutput._make((VECTORS, VECTORS, EVERYWHERE, EVERYWHERE)))
 def residual_quantize(
     states: Sequence[VQState],
     z: Float[Array, "*batch dim"],
@@ -105,6 +107,7 @@ def residual_quantize(
     return VQOutput(z_q, jnp.stack(indices, axis=-1), summed, tuple(new_states))  # type: ignore
 
 
+@automatic(EVERYWHERE)
 def residual_init(
     key: Key,
     z: Float[Array, "*batch dim"],

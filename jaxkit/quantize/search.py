@@ -18,6 +18,7 @@ from jaxkit.quantize._common import (
     check_vectors,
     wide_dtype,
 )
+from jaxkit.quantize._sharding import BATCH, VECTORS, automatic
 
 __all__ = ["lookup", "nearest_code", "normalize", "sample_code", "squared_distances"]
 
@@ -77,6 +78,7 @@ def _check(z: Array, codebook: Array, metric: str, mask: Array | None) -> None:
     check_mask(mask, z.shape[:-1])
 
 
+@automatic(BATCH)
 def nearest_code(
     z: Float[Array, "*batch dim"],
     codebook: Float[Array, "codes dim"],
@@ -174,6 +176,7 @@ def code_logits(
     return logits, usable if mask is None else usable & mask
 
 
+@automatic(BATCH)
 def sample_code(
     key: Key,
     z: Float[Array, "*batch dim"],
@@ -214,6 +217,7 @@ def sample_code(
     return jnp.where(usable, drawn.astype(jnp.int32), codebook.shape[0])
 
 
+@automatic(VECTORS, like="index")
 def lookup(
     codebook: Float[Array, "codes dim"], index: Int[Array, "*batch"], *, pad: str = "nan"
 ) -> Float[Array, "*batch dim"]:

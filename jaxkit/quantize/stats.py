@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jaxkit._checks import check_int
 from jaxkit._typing import Array, Bool, Float, Int
 from jaxkit.quantize._common import check_index, check_mask, psum
+from jaxkit.quantize._sharding import EVERYWHERE, automatic
 from jaxkit.quantize.losses import entropy
 
 __all__ = ["code_counts", "perplexity", "usage"]
 
 
+@automatic(EVERYWHERE, like="index")
 def code_counts(
     index: Int[Array, "*batch"],
     num_codes: int,

@@ -15,6 +15,7 @@ from jaxkit.quantize._common import (
     select_rows,
     wide_dtype,
 )
+from jaxkit.quantize._sharding import BATCH, EVERYWHERE, VECTORS, automatic
 from jaxkit.quantize.ema import (
     EMAState,
     batch_statistics,
@@ -106,6 +107,7 @@ def _update(state, z, index, *, key, codebook, metric, mask, axis_name, decay, s
     return VQState(codes, ema)
 
 
+@automatic(VQOutput._make((VECTORS, BATCH, EVERYWHERE, EVERYWHERE)))
 def vector_quantize(
     state: VQState,
     z: Float[Array, "*batch dim"],
