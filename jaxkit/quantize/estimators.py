@@ -37,20 +37,22 @@ def _norm(x: Array) -> Array:
     return scale * jnp.sqrt(jnp.sum((x / scale) ** 2, axis=-1, keepdims=True))
 
 
-def _unit_or_zero(x: Array) -> Array:
-    """x/‖x‖ for a sum or a difference of unit vectors; 0 where that is rounding error only.
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.sum(a * b, axis=-1, keepdims=True)
 
-    With the error u of the unit vectors the direction has the error u/‖x‖, and the estimators map
-    ẑ to q̂ up to u + (u/‖x‖)²; with 0 in its place, up to ‖x‖. They meet at u^(2/3).
+
+def _plane(z_unit: Array, q_unit: Array) -> tuple[Array, Array, Array]:
+    """(cos θ, sin θ, u) with q̂ = cos θ ẑ + sin θ u, u ⊥ ẑ a unit vector, or 0 where q̂ = ±ẑ.
+
+    r = (ẑ + q̂)/‖ẑ + q̂‖ would lose all digits where ẑ and q̂ are nearly opposite; u is orthogonal
+    to ẑ to the last digit, since what a first projection leaves along ẑ is taken off by a second.
     """
-    squares = jnp.sum(x**2, axis=-1, keepdims=True)
-    clear = squares > jnp.finfo(x.dtype).eps ** (4 / 3)
-    return jnp.where(clear, x / jnp.sqrt(jnp.where(clear, squares, 1)), 0)
-
-
-def _reflect(unit: Array, x: Array) -> Array:
-    """(I - 2 u uᵀ) x."""
-    return x - 2 * unit * jnp.sum(unit * x, axis=-1, keepdims=True)
+    cos = _dot(z_unit, q_unit)
+    across = q_unit - cos * z_unit
+    across = across - _dot(z_unit, across) * z_unit
+    sin = _norm(across)
+    clear = sin > 16 * jnp.finfo(sin.dtype).eps  # else it is the rounding error of q̂ = ±ẑ
+    return cos, jnp.where(clear, sin, 0), jnp.where(clear, across / jnp.where(clear, sin, 1), 0)
 
 
 def _transport(estimator: str, eps: float, z: Array, q: Array, x: Array) -> Array:
@@ -58,19 +60,21 @@ def _transport(estimator: str, eps: float, z: Array, q: Array, x: Array) -> Arra
     wide, dtype = wide_dtype(x), x.dtype
     z, q, x = z.astype(wide), q.astype(wide), x.astype(wide)
     z_norm, q_norm = _norm(z), _norm(q)
-    # False for NaN too: there the straight-through gradient is as good as any.
     usable = (z_norm > eps) & (q_norm > eps) & jnp.isfinite(z_norm) & jnp.isfinite(q_norm)
-    z_unit = z / jnp.where(usable, z_norm, 1)
-    q_unit = q / jnp.where(usable, q_norm, 1)
-    if estimator == "reflection":
-        y = _reflect(_unit_or_zero(z_unit - q_unit), x)
-    else:
-        # R = (I - 2 q̂ q̂ᵀ)(I - 2 r rᵀ): the right one maps ẑ to -q̂, the left one -q̂ to q̂. If
-        # q̂ = -ẑ then r = 0, and the left one alone does it.
-        y = _reflect(q_unit, _reflect(_unit_or_zero(z_unit + q_unit), x))
+    # No directions there, and no NaN that the select of `y` would hand to the transpose.
+    z_unit = jnp.where(usable, z / jnp.where(usable, z_norm, 1), 0)
+    q_unit = jnp.where(usable, q / jnp.where(usable, q_norm, 1), 0)
+    cos, sin, u = _plane(z_unit, q_unit)
+    along, aside = _dot(z_unit, x), _dot(u, x)
+    # In the basis (ẑ, u) of their plane: [[cos, -sin], [sin, cos]], or [[cos, sin], [sin, -cos]].
+    # Everything orthogonal to the plane stays.
+    sign = -1 if estimator == "reflection" else 1
+    y = x + z_unit * ((cos - 1) * along - sign * sin * aside)
+    y = y + u * (sin * along + (sign * cos - 1) * aside)
+    y = jnp.where(usable, y, x)
     if estimator != "rotation_unscaled":
         y = y * (jnp.where(usable, q_norm, 1) / jnp.where(usable, z_norm, 1))
-    return jnp.where(usable, y, x).astype(dtype)
+    return y.astype(dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -164,7 +164,7 @@ def fsq(
     row = lambda value: across(jnp.asarray(value, wide), z)
     shift, half, offset = map(row, _squash(levels, names, eps))
     unit = row(_units(levels, names))
-    bounded = jnp.tanh(z.astype(wide) + shift) * half - offset
+    bounded = jnp.tanh(select_rows(mask, z).astype(wide) + shift) * half - offset
     half_up = jnp.floor(bounded + row(np.asarray(levels) / 2)) - half
     symmetric = across(jnp.asarray(_symmetric(names)), z)
     level = jnp.where(symmetric, half_up, jnp.round(bounded))

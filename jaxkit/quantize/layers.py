@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit._typing import Array, Bool, DType, Float, Int, Key
-from jaxkit.quantize._common import METRICS, across, check_vectors
+from jaxkit.quantize._common import METRICS, across, check_mask, check_vectors, select_rows
 from jaxkit.quantize.ema import EMAState
 from jaxkit.quantize.estimators import ESTIMATORS
 from jaxkit.quantize.fsq import FSQOutput, fsq, fsq_code
@@ -538,6 +538,8 @@ class LFQ(nnx.Module):
           ValueError: If a shape is wrong.
         """
         check_vectors(z, self.dim)
+        check_mask(mask, z.shape[:-1])
+        z = select_rows(mask, z)
         z = normalize(z) if self.spherical else z
         out = lfq(z, scale=self.scale, bit_order=self.bit_order, mask=mask)
         losses = {

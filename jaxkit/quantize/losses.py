@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from jaxkit._checks import check_choice, check_real
 from jaxkit._typing import Array, Bool, Float
-from jaxkit.quantize._common import check_codebook, check_mask, check_vectors, psum, wide_dtype
+from jaxkit.quantize._common import (
+    check_codebook,
+    check_mask,
+    check_vectors,
+    psum,
+    select_rows,
+    wide_dtype,
+)
 from jaxkit.quantize._sharding import EVERYWHERE, automatic
 from jaxkit.quantize.search import normalize, squared_distances
 
@@ -196,9 +203,8 @@ def code_entropies(
     check_real("temperature", temperature, above=0)
     check_mask(mask, z.shape[:-1])
     rows = None if mask is None else mask.reshape(-1)
-    logits = -squared_distances(z, codebook).reshape(-1, codebook.shape[0]) / temperature
-    if rows is not None:
-        logits = jnp.where(rows[:, None], logits, 0)
+    distances = squared_distances(select_rows(mask, z), codebook)
+    logits = -distances.reshape(-1, codebook.shape[0]) / temperature
     log_p = jax.nn.log_softmax(logits, axis=-1)
     p = jnp.exp(log_p)
     own = -jnp.sum(p * log_p, axis=-1)

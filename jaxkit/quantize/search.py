@@ -16,6 +16,7 @@ from jaxkit.quantize._common import (
     check_index,
     check_mask,
     check_vectors,
+    select_rows,
     wide_dtype,
 )
 from jaxkit.quantize._sharding import BATCH, VECTORS, automatic
@@ -170,10 +171,12 @@ def code_logits(
 ) -> tuple[Array, Array]:
     """`-‖z - e_k‖²` by `metric`, and which rows have a code at all."""
     _check(z, codebook, metric, mask)
-    vectors, codes = _for_metric(z, codebook, metric)
+    usable = jnp.all(jnp.isfinite(z), axis=-1)
+    usable = usable if mask is None else usable & mask
+    # Selected here, so that the gradients of the other rows do not meet 0 · NaN.
+    vectors, codes = _for_metric(select_rows(usable, z), codebook, metric)
     logits = -squared_distances(vectors, codes)
-    usable = jnp.all(jnp.isfinite(logits), axis=-1)
-    return logits, usable if mask is None else usable & mask
+    return logits, usable & jnp.all(jnp.isfinite(codebook))
 
 
 @automatic(BATCH)

@@ -1,7 +1,7 @@
 """Binary spherical quantization: signs on the unit sphere, `sign(u)/√d` with u = z/‖z‖."""
 
 from jaxkit._typing import Array, Bool, Float
-from jaxkit.quantize._common import check_vectors
+from jaxkit.quantize._common import check_mask, check_vectors, select_rows
 from jaxkit.quantize.lfq import LFQOutput, lfq, lfq_entropies
 from jaxkit.quantize.search import normalize
 
@@ -41,7 +41,8 @@ def spherical(
     Source: Zhao, Xiong, Krähenbühl 2024 (arXiv 2406.07548).
     """
     dim = check_vectors(z)
-    return lfq(normalize(z), scale=dim**-0.5, bit_order=bit_order, mask=mask)
+    check_mask(mask, z.shape[:-1])
+    return lfq(normalize(select_rows(mask, z)), scale=dim**-0.5, bit_order=bit_order, mask=mask)
 
 
 def spherical_entropies(
@@ -77,8 +78,9 @@ def spherical_entropies(
     Source: Zhao, Xiong, Krähenbühl 2024 (arXiv 2406.07548).
     """
     dim = check_vectors(z)
+    check_mask(mask, z.shape[:-1])
     return lfq_entropies(
-        normalize(z),
+        normalize(select_rows(mask, z)),
         scale=dim**-0.5,
         inv_temperature=inv_temperature,
         group_size=group_size,

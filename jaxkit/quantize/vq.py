@@ -230,6 +230,8 @@ def vector_quantize(
 
     dtype, wide = z.dtype, wide_dtype(z, state.codebook)
     codes = state.codebook.astype(wide)
+    # What masked rows hold, NaN included, must not reach a gradient.
+    z = select_rows(mask, z)
     if metric == "cosine":
         z, codes = normalize(z.astype(wide)).astype(dtype), normalize(codes)
 
