@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxkit_kernels import _blocks, _dispatch
 from jaxkit_kernels.nearest_code import reference, xla
+from jaxkit_kernels.nearest_code.histogram import histogram
 
 __all__ = ["NearestCode", "nearest_code"]
 
@@ -63,14 +64,6 @@ def _check(x, codebook, mask, implementation, block_sizes) -> None:
         raise TypeError(f"mask must be boolean; got {mask.dtype}.")
     if mask.shape != x.shape[:1]:
         raise ValueError(f"mask must have shape {x.shape[:1]}, one a token; got {mask.shape}.")
-
-
-def _sharding(x: jax.Array, *spec: Any) -> jax.sharding.NamedSharding | None:
-    """What look-up and scatter must be told where the sharding of `x` is explicit, as a type."""
-    known = jax.typeof(x).sharding
-    if not any(known.spec):
-        return None
-    return jax.sharding.NamedSharding(known.mesh, jax.sharding.PartitionSpec(*spec))
 
 
 def nearest_code(
@@ -161,15 +154,15 @@ def nearest_code(
 
     squared = None
     if distance:
-        nearest = codebook.at[index].get(
-            mode="fill", fill_value=jnp.nan, out_sharding=_sharding(x, *jax.typeof(x).sharding.spec)
-        )
+        known = jax.typeof(x).sharding
+        # Where it is explicit, the look-up has to be told what it results in.
+        sharding = known if any(known.spec) else None
+        nearest = codebook.at[index].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding)
         squared = jnp.sum((x - nearest) ** 2, axis=1)
         if mask is not None:
             squared = jnp.where(mask, squared, 0)
         squared = squared.astype(out_dtype)
-    histogram = None
+    occurrences = None
     if counts:
-        empty = jnp.zeros(num_codes, jnp.int32)
-        histogram = empty.at[index].add(1, mode="drop", out_sharding=_sharding(x, None))
-    return NearestCode(index, squared, runner_up, histogram)
+        occurrences = histogram(index, num_codes)
+    return NearestCode(index, squared, runner_up, occurrences)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxkit_kernels import _blocks, _mosaic_gpu
+from jaxkit_kernels import _blocks, _mosaic_gpu, _sharding
 from jaxkit_kernels.nearest_code.scores import centre_and_bias, least
 
 __all__ = ["forward"]
@@ -99,6 +99,7 @@ def forward(
             f"the kernel takes at least one token and at most {_MOST_CODES} codes; "
             f"got {x.shape} and {codebook.shape}."
         )
+    _sharding.check_not_explicit(x, codebook)
     _mosaic_gpu.check_device()
     sizes = _sizes(total, num_codes, features, block_sizes)
     tiles, blocks = -(-total // sizes.tokens), -(-num_codes // sizes.codes)
@@ -116,11 +117,12 @@ def forward(
     planes = 4 if second else 2
     out = _mosaic_gpu.launch(
         partial(_kernel, tokens=sizes.tokens, codes=sizes.codes, blocks=blocks, second=second),
-        jax.ShapeDtypeStruct((planes, parts, tiles * sizes.tokens), jnp.float32),
+        _sharding.result((planes, parts, tiles * sizes.tokens), jnp.float32, x, codebook),
         (parts, tiles),
         name="nearest_code",
         interpret=interpret,
-    )(columns, weights, bias)[:, :, :total]
+    )(columns, weights, bias)
+    out = _sharding.vary(out, x, codebook)[:, :, :total]
 
     # [tokens, parts] or [tokens, 2 parts]: what each part found.
     score = jnp.concatenate(list(out[0::2]), axis=0).T

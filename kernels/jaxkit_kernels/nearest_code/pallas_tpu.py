@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxkit_kernels import _blocks
+from jaxkit_kernels import _blocks, _sharding
 from jaxkit_kernels.nearest_code.scores import centre_and_bias
 
 __all__ = ["forward"]
@@ -105,6 +105,7 @@ def forward(
             f"the kernel takes at least one token and at most {_MOST_FEATURES} features; "
             f"got {x.shape}."
         )
+    _sharding.check_not_explicit(x, codebook)
     sizes = _sizes(total, num_codes, features, block_sizes)
     centre, bias = centre_and_bias(codebook)
     tiles, code_tiles = -(-total // sizes.tokens), -(-num_codes // sizes.codes)
@@ -124,7 +125,7 @@ def forward(
             pl.BlockSpec((1, sizes.codes), lambda token, code: (0, code)),
         ],
         out_specs=pl.BlockSpec((planes, sizes.tokens), lambda token, code: (0, token)),
-        out_shape=jax.ShapeDtypeStruct((planes, total), jnp.int32),
+        out_shape=_sharding.result((planes, total), jnp.int32, x, codebook),
         scratch_shapes=[pltpu.VMEM(scratch, jnp.float32), pltpu.VMEM(scratch, jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
