@@ -119,9 +119,9 @@ class _Chunks:
 
     def values(self, step: jax.Array) -> jax.Array:
         """[batch, groups, chunk, 2 L + S, dv]."""
-        recent = self._pairs(self.v, step, 2)
+        recent = self._pairs(self.v, step, 2).astype(self.dtype)
         cache = jax.lax.dynamic_slice_in_dim(self.means, step * self.chunk, self.chunk, axis=2)
-        return jnp.concatenate([recent, cache], axis=3).astype(self.dtype)
+        return jnp.concatenate([recent, cache.astype(self.dtype)], axis=3)
 
     def scores(self, queries: jax.Array, keys: jax.Array, step: jax.Array) -> jax.Array:
         """[batch, groups, chunk, share L, 2 L + S], masked."""
