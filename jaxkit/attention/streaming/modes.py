@@ -187,14 +187,8 @@ class Decoder:
           The state, all buffers zero.
         """
         capacity = check_int("capacity", capacity, least=1)
-        buffer = jax.tree.map(
-            lambda t: (
-                jax.ShapeDtypeStruct((capacity, *jnp.shape(t)), jnp.asarray(t).dtype)
-                if not hasattr(t, "dtype")
-                else jax.ShapeDtypeStruct((capacity, *t.shape), t.dtype)
-            ),
-            token,
-        )
+        one = jax.eval_shape(lambda t: t, token)
+        buffer = jax.tree.map(lambda t: jax.ShapeDtypeStruct((capacity, *t.shape), t.dtype), one)
         shapes = check_model(self.model, params, buffer)
         N = self.model.num_layers
         cache: Any = ()
@@ -225,7 +219,8 @@ class Decoder:
             in reverse mode.
         """
         buffers = jax.tree.leaves((state.tokens, state.cache))
-        if not buffers or (state.cache == ()) != self._cacheless:
+        kept = 0 if self._keeps_tokens else 2 if self.mode == "kv_cache" else 1
+        if not buffers or len(jax.tree.leaves(state.cache)) != kept:
             raise ValueError(
                 f"state must be made by init_state of a decoder of mode {self.mode!r}."
             )
@@ -248,10 +243,6 @@ class Decoder:
         capacity = buffers[0].shape[0 if self._keeps_tokens else 1]
         x = jnp.where(i < capacity, x, jnp.full_like(x, jnp.nan))
         return x, DecodeState(tokens, cache, i + 1, counts)
-
-    @property
-    def _cacheless(self) -> bool:
-        return self._keeps_tokens
 
     def run(
         self, params: ModelParams, tokens: Any, state: DecodeState | None = None

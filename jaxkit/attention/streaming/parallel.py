@@ -190,7 +190,8 @@ def ring_attention(
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
         result, part = carry
         part = jax.lax.ppermute(part, axis_name, ring)
-        more = read(*part, source=(own - step) % devices)
+        k, v, kv_ids = part
+        more = read(k, v, kv_ids, (own - step) % devices)
         return (merge_normalized(result, more), part), None
 
     start = (read(k, v, kv_ids, own), (k, v, kv_ids))
