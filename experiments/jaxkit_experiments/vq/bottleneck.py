@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxkit.quantize import FSQ, LFQ, VectorQuantizer, vector_quantize
@@ -21,12 +20,13 @@ class Quantized(NamedTuple):
     Attributes:
       output: what the decoder gets, with a gradient to the encoder.
       index: codes, int32.
-      loss: the bottleneck's own losses, weighted and summed.
+      losses: of the bottleneck, by name and without their weights: of "commitment", "codebook" and
+        "entropy" those that it has.
     """
 
     output: jax.Array
     index: jax.Array  # type: ignore[assignment]
-    loss: jax.Array
+    losses: dict[str, jax.Array]
 
 
 def width(config: Any, arm: Mapping[str, Any]) -> int:
@@ -55,11 +55,7 @@ class Bottleneck(nnx.Module):
         if self.kind == "fsq":
             self.layer = FSQ(config.levels)
         elif self.kind == "lfq":
-            self.layer = LFQ(
-                config.codes,
-                entropy_weight=config.entropy_weight,
-                commitment_weight=config.commitment_weight,
-            )
+            self.layer = LFQ(config.codes, entropy_weight=1.0, commitment_weight=1.0)
         else:
             drawn, fitted = jax.random.split(key)
             from_data = arm["init"] in ("data", "kmeans")
@@ -71,8 +67,8 @@ class Bottleneck(nnx.Module):
                 init="uniform" if from_data else arm["init"],
                 rngs=nnx.Rngs(drawn),
                 decay=config.decay,
-                commitment_weight=config.commitment_weight,
-                codebook_weight=config.codebook_weight,
+                commitment_weight=1.0,
+                codebook_weight=1.0,
                 gumbel_temperature=config.temperature,
             )
             if from_data:
@@ -82,17 +78,17 @@ class Bottleneck(nnx.Module):
     def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Quantized:
         """Quantize `[batch, tokens, d]`; with a key, as a training step that updates the codebook.
 
-        Without one, gumbel takes the nearest code: the noise is for training.
+        gumbel draws in training only, and has no losses of its own: its codes learn from the
+        decoder, and vectors and codes that are pulled to each other at random collapse.
         """
-        losses: Mapping[str, jax.Array] = {}
         if self.kind == "fsq":
             out = self.layer(z)
-        elif self.kind == "lfq":
+            return Quantized(out.z_q, out.index, {})
+        if self.kind == "lfq":
             out, losses = self.layer(z)
+            return Quantized(out.z_q, out.index, losses)
+        if self.gumbel and key is None:
+            out = vector_quantize(self.layer.state(), z)
         else:
-            if self.gumbel and key is None:
-                out = vector_quantize(self.layer.state(), z)
-            else:
-                out = self.layer(z, train=key is not None, key=key)
-            losses = out.losses
-        return Quantized(out.z_q, out.index, sum(losses.values(), jnp.zeros(())))
+            out = self.layer(z, train=key is not None, key=key)
+        return Quantized(out.z_q, out.index, {} if self.gumbel else out.losses)

@@ -28,6 +28,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,7 +148,9 @@ class DigitsVQConfig:
             check_real(name, getattr(self, name), above=0.0)
         for name in ("commitment_weight", "codebook_weight", "entropy_weight"):
             check_real(name, getattr(self, name), least=0.0)
-        check_real("decay", self.decay, least=0.0, most=1.0)
+        check_real("decay", self.decay, least=0.0)
+        if self.decay >= 1:
+            raise ValueError(f"decay must be in [0, 1); got {self.decay!r}.")
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels must be integers of at least 2; got {self.levels!r}.")
         if "lfq" in self.arms and self.codes & (self.codes - 1):
@@ -171,6 +174,7 @@ class VQAutoencoder(nnx.Module):
 
     def __init__(self, config: DigitsVQConfig, arm: str, sample: np.ndarray, key: jax.Array):
         options = ARMS[arm]
+        self.config = config
         self.scale = config.encoder_scale if options.get("scaled") else 1.0
         # fsq bounds vectors before it rounds, so that z and q are in different units.
         self.has_error = options.get("quantizer") != "fsq"
@@ -196,17 +200,26 @@ class VQAutoencoder(nnx.Module):
 
 
 def loss(model: VQAutoencoder, batch: Any, key: jax.Array) -> Any:
-    """Mean squared error per pixel plus the bottleneck's own losses; and how codes are used."""
+    """Mean squared error per pixel plus the bottleneck's weighted losses; and how codes are used.
+
+    Weights are the config's, or entries of the batch of that name (one number an image, all equal),
+    so that models with different weights train side by side.
+    """
     z = model.encode(batch["images"])
     quantized = model.bottleneck(z, key)
     error = jnp.mean((model.network.decode(quantized.output) - batch["images"]) ** 2)
+    total = error
+    for name, value in quantized.losses.items():
+        weight = f"{name}_weight"
+        given = batch[weight][0] if weight in batch else getattr(model.config, weight)
+        total += given * value
     counts = quantize.code_counts(quantized.index, model.bottleneck.num_codes)
     metrics = {
         "mse": error,
         "batch_usage": quantize.usage(counts),
         "norm_ratio": norm_ratio(z, quantized.output),
     }
-    return error + quantized.loss, metrics
+    return total, metrics
 
 
 def evaluate(model: VQAutoencoder, batch: Any) -> Any:
@@ -290,16 +303,24 @@ class Digits(Experiment):
         return images.digits() if ctx.data is None else images.cifar10(ctx.data)
 
     def fit(
-        self, config: DigitsVQConfig, arm: str, pictures: images.Images, ctx: Context, name: str
+        self,
+        config: DigitsVQConfig,
+        arm: str,
+        pictures: images.Images,
+        ctx: Context,
+        name: str,
+        weights: Sequence[Mapping[str, float]] = ({},),
     ) -> TrainResult:
-        """Train one arm for all seeds."""
+        """Train one arm for all seeds; with several `weights`, for each of them and all seeds."""
+        shuffled = partial(images.Shuffled, pictures.train, config.batch_size)
+        sources = [images.Constant(shuffled(seed), of) for of in weights for seed in config.seeds]
         return train(
             init=lambda key: VQAutoencoder(config, arm, pictures.train, key),
             loss=loss,
             optimizer=optax.adam(config.learning_rate),
-            batches=lambda seed: images.Shuffled(pictures.train, config.batch_size, seed),
+            batches=sources,
             steps=config.steps,
-            seeds=config.seeds,
+            seeds=config.seeds * len(weights),
             evaluate=evaluate,
             evaluation_data={"images": pictures.test[: config.test_images]},
             evaluate_every=config.evaluate_every,
@@ -307,20 +328,6 @@ class Digits(Experiment):
             ctx=ctx,
             name=name,
         )
-
-    def measure(
-        self, config: DigitsVQConfig, arm: str, pictures: images.Images, ctx: Context, name: str
-    ) -> tuple[TrainResult, dict[str, list[float]]]:
-        """Train one arm, and its metrics at the end (of training: of the first chunk)."""
-        start = time.perf_counter()
-        result = self.fit(config, arm, pictures, ctx, name)
-        seconds = time.perf_counter() - start
-        training = [entry for entry in result.history if entry["split"] == "train"]
-        metrics = {name: values.tolist() for name, values in result.metrics.items()}
-        metrics["first_norm_ratio"] = training[0]["norm_ratio"]
-        metrics["batch_usage"] = training[-1]["batch_usage"]
-        metrics["seconds"] = [seconds] * len(config.seeds)
-        return result, metrics
 
 
 def final_outputs(
@@ -493,7 +500,12 @@ def _pilot(results: Results) -> Verdict:
 
 
 class DigitsVQ(Digits):
-    """Every bottleneck once, in the setting of the config."""
+    """Every bottleneck once, in the setting of the config.
+
+    Metrics of an arm are those of `evaluate` after the last step, `first_norm_ratio` and
+    `batch_usage` (‖q‖/‖z‖ over the first, usage a batch over the last chunk of training), and
+    `seconds` of training.
+    """
 
     name = "vq-digits"
     title = "Straight-through against the rotation trick, FSQ, SimVQ and others on the digits"
@@ -523,7 +535,7 @@ class DigitsVQ(Digits):
             kmeans_steps=2,
             evaluate_every=10,
         ),
-        "cpu": DigitsVQConfig(),
+        "cpu": DigitsVQConfig(arms=tuple(arm for arm in ARMS if arm != "reflection-loss")),
         "gpu": DigitsVQConfig(
             seeds=(0, 1, 2, 3, 4),
             steps=20_000,
@@ -616,7 +628,14 @@ class DigitsVQ(Digits):
         self, config: DigitsVQConfig, arm: str, ctx: Context
     ) -> Mapping[str, Sequence[float]]:
         pictures = self.images(ctx)
-        result, metrics = self.measure(config, arm, pictures, ctx, arm)
+        start = time.perf_counter()
+        result = self.fit(config, arm, pictures, ctx, arm)
+        seconds = time.perf_counter() - start
+        metrics = {name: values.tolist() for name, values in result.metrics.items()}
+        training = [record for record in result.history if record["split"] == "train"]
+        metrics["first_norm_ratio"] = training[0]["norm_ratio"]
+        metrics["batch_usage"] = training[-1]["batch_usage"]
+        metrics["seconds"] = [seconds] * len(config.seeds)
         held = pictures.test[: config.test_images]
         counts, rebuilt = final_outputs(result, held, len(config.seeds))
         ctx.save_arrays(f"codes-{arm}", counts=counts, rebuilt=rebuilt, images=held[:10])

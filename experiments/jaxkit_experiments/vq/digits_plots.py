@@ -31,6 +31,8 @@ def style(arm: str) -> dict[str, str]:
 
 def plot_training(results: Results, ctx: Context, metric: str, path: Path) -> Path:
     """One metric on the test set over training: mean over the seeds."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
     with figure(path, figsize=(7.4, 4.2)) as axis:
         for arm in results.arms:
             points = [
@@ -44,6 +46,9 @@ def plot_training(results: Results, ctx: Context, metric: str, path: Path) -> Pa
         axis.set_title(f"{metric} on the test set", fontsize=10)
         if metric == "mse":
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+            axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_locator(NullLocator())
         else:
             axis.set_ylim(0, 1.02)
         axis.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ Sources: kexue.fm 10489; van den Oord et al. 2017 (arXiv 1711.00937); Fifty et a
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,17 +80,19 @@ class DigitsVQSweepConfig(DigitsVQConfig):
             "entropy_weight": self.entropy_weights,
         }
 
-    def settings(self, arm: str) -> dict[str, DigitsVQConfig]:
-        """The settings of an arm by name, such as "decay=0.8"; the base setting is "base"."""
-        fields = [field.name for field in dataclasses.fields(DigitsVQConfig)]
-        base = DigitsVQConfig(**{name: getattr(self, name) for name in fields})
-        named = {"base": base}
-        for weight in SWEPT[arm]:
-            for value in self.values()[weight]:
-                if value != getattr(base, weight):
-                    changed: dict[str, Any] = {weight: value}
-                    named[f"{weight}={value:g}"] = dataclasses.replace(base, **changed)
-        return named
+    def settings(self, arm: str) -> dict[str, dict[str, float]]:
+        """What each setting of an arm changes, by a name such as "decay=0.8"; "base" is first.
+
+        Example:
+          >>> DigitsVQSweepConfig(entropy_weights=(0.1, 1.0)).settings("lfq")
+          {'base': {}, 'entropy_weight=1': {'entropy_weight': 1.0}}
+        """
+        return {"base": {}} | {
+            f"{weight}={value:g}": {weight: value}
+            for weight in SWEPT[arm]
+            for value in self.values()[weight]
+            if value != getattr(self, weight)
+        }
 
 
 def series(results: Results, arm: str, weight: str, metric: str) -> list[tuple[float, float]]:
@@ -198,21 +201,35 @@ class DigitsVQSweep(Digits):
         self, config: DigitsVQSweepConfig, arm: str, ctx: Context
     ) -> Mapping[str, Sequence[float]]:
         pictures = self.images(ctx)
+        settings, seeds = config.settings(arm), len(config.seeds)
         metrics: dict[str, list[float]] = {}
-        for name, setting in config.settings(arm).items():
-            stage = f"{arm}-{name.replace('=', '-')}"
-            measured = self.measure(setting, arm, pictures, ctx, stage)[1]
-            for key in ("mse", "usage", "perplexity", "quantization_error", "seconds"):
-                metrics[f"{key}[{name}]"] = measured[key]
-        errors, times = (
-            np.asarray([of for key, of in metrics.items() if key.startswith(kind)])
-            for kind in ("mse[", "seconds[")
-        )
-        metrics = {key: of for key, of in metrics.items() if not key.startswith("seconds[")}
+        start = time.perf_counter()
+        # Weights of losses are numbers of the step, so that all of them train side by side; a decay
+        # is a constant of the layer.
+        for decay in dict.fromkeys(of.get("decay", config.decay) for of in settings.values()):
+            together = {
+                name: {key: value for key, value in of.items() if key != "decay"}
+                for name, of in settings.items()
+                if of.get("decay", config.decay) == decay
+            }
+            # One pytree for all models: each gets every weight that some of them has.
+            varied = dict.fromkeys(key for of in together.values() for key in of)
+            weights = [
+                {key: of.get(key, getattr(config, key)) for key in varied}
+                for of in together.values()
+            ]
+            setting = dataclasses.replace(config, decay=decay)
+            result = self.fit(setting, arm, pictures, ctx, f"{arm}-decay-{decay:g}", weights)
+            for key in ("mse", "usage", "perplexity", "quantization_error"):
+                for name, values in zip(
+                    together, result.metrics[key].reshape(-1, seeds), strict=True
+                ):
+                    metrics[f"{key}[{name}]"] = values.tolist()
+        errors = np.asarray([metrics[f"mse[{name}]"] for name in settings])
         return metrics | {
             "best_mse": errors.min(0).tolist(),
             "worst_mse": errors.max(0).tolist(),
-            "seconds": times.sum(0).tolist(),
+            "seconds": [time.perf_counter() - start] * seeds,
         }
 
     def plot(self, results: Results, ctx: Context) -> list[Path]:

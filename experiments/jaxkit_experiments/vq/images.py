@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from jaxkit_experiments.data import digit_images
 
-__all__ = ["Images", "Shuffled", "cifar10", "digits"]
+__all__ = ["Constant", "Images", "Shuffled", "cifar10", "digits"]
 
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 
@@ -62,6 +63,24 @@ class Shuffled:
                 [chosen, self._order(epoch + 1)[: self.batch_size - len(chosen)]]
             )
         return {"images": self.images[chosen]}
+
+
+class Constant:
+    """Batches with constants beside: entries of one number an image, all equal.
+
+    Example:
+      >>> Constant(Shuffled(np.arange(6), 2, seed=0), {"decay": 0.5})[0]["decay"].tolist()
+      [0.5, 0.5]
+    """
+
+    def __init__(self, source: Shuffled, constants: Mapping[str, float]):
+        self.source = source
+        self.constants = {
+            name: np.full(source.batch_size, value, np.float32) for name, value in constants.items()
+        }
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.source[step] | self.constants
 
 
 def digits() -> Images:
