@@ -1,6 +1,6 @@
 """State-space models: structured layers, their kernels and recurrences, and models over them."""
 
-from jaxkit.ssm import diag, discretize, dplr, hippo, init, rtf, s5, scan
+from jaxkit.ssm import discretize, hippo, init, rtf, s4, s4d, s5, scan
 from jaxkit.ssm.conv import fft_conv, fft_conv_bidirectional
 from jaxkit.ssm.layers import S4, S5, FrozenSSMParam, Recurrent, SSMParam
 from jaxkit.ssm.model import ModelState, SequenceBlock, SequenceModel
@@ -15,9 +15,9 @@ __all__ = [
     "SSMParam",
     "SequenceBlock",
     "SequenceModel",
-    "diag",
+    "s4d",
     "discretize",
-    "dplr",
+    "s4",
     "fft_conv",
     "fft_conv_bidirectional",
     "hippo",

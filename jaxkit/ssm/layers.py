@@ -19,13 +19,13 @@ from flax import nnx
 
 from jaxkit._checks import check_choice, check_int
 from jaxkit._typing import Array, DType, Float, Params
-from jaxkit.ssm import diag, dplr, rtf, s5
+from jaxkit.ssm import rtf, s4, s4d, s5
 from jaxkit.ssm._modes import check_sequence
 from jaxkit.ssm.conv import fft_conv, fft_conv_bidirectional
 
 __all__ = ["S4", "S5", "FrozenSSMParam", "Recurrent", "SSMParam"]
 
-KERNELS: dict[str, ModuleType] = {"dplr": dplr, "diag": diag, "rtf": rtf}
+KERNELS: dict[str, ModuleType] = {"dplr": s4, "diag": s4d, "rtf": rtf}
 
 
 class SSMParam(nnx.Param):
@@ -43,7 +43,7 @@ DYNAMICS = ("log_neg_re", "im", "p", "b")
 class S4(nnx.Module):
     """A structured state-space layer: one linear system for each channel.
 
-    `y = K * u + D u` with the kernel K of `jaxkit.ssm.dplr`, `diag` or `rtf`, causal or
+    `y = K * u + D u` with the kernel K of `jaxkit.ssm.s4`, `s4d` or `rtf`, causal or
     bidirectional. No mixing of channels, no nonlinearity: see `jaxkit.ssm.model.SequenceBlock`.
 
     Args:
@@ -110,7 +110,7 @@ class S4(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_choice("kernel", kernel, KERNELS)
-        check_choice("discretization", discretization, diag.DISCRETIZATIONS)
+        check_choice("discretization", discretization, s4d.DISCRETIZATIONS)
         self.heads = check_int("heads", heads, least=1)
         self.state_size = check_int("state_size", state_size, least=1)
         self.kernel_name = kernel
@@ -176,8 +176,8 @@ class S4(nnx.Module):
             return {name: value for name, value in fresh.items() if name != "d"}
         if self.kernel_name == "diag":
             return {"c": fresh["c"]}
-        own = dplr.from_truncated(fresh, length=self.l_max or 1, stability=self.stability)
-        mixed = dplr.to_truncated(
+        own = s4.from_truncated(fresh, length=self.l_max or 1, stability=self.stability)
+        mixed = s4.to_truncated(
             {**params, "c": own["c"]}, length=self.l_max or 1, stability=self.stability
         )
         return {"c": mixed["c"]}

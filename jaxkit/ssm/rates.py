@@ -36,8 +36,8 @@ def ssm_labels(params: Any) -> Any:
 
     Example:
       >>> import jax, optax
-      >>> from jaxkit.ssm import dplr
-      >>> params = {"ssm": dplr.init_params(jax.random.key(0), 2, 4, l_max=8)}
+      >>> from jaxkit.ssm import s4
+      >>> params = {"ssm": s4.init_params(jax.random.key(0), 2, 4, l_max=8)}
       >>> labels = ssm_labels(params)
       >>> print(labels["ssm"]["log_step"], labels["ssm"]["c"])
       ssm regular

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxkit.ssm import S4, SequenceModel, SSMParam, diag, dplr, rtf, ssm_labels
+from jaxkit.ssm import S4, SequenceModel, SSMParam, rtf, s4, s4d, ssm_labels
 
 SLOW = {"log_neg_re", "im", "p", "b", "log_step"}
 
 
 def test_labels_of_parameter_dicts():
-    for family, options in ((dplr, {"l_max": 8}), (diag, {})):
+    for family, options in ((s4, {"l_max": 8}), (s4d, {})):
         params = family.init_params(jax.random.key(0), 2, 4, **options)
         labels = ssm_labels({"layer": [params]})["layer"][0]
         assert {name for name, label in labels.items() if label == "ssm"} == SLOW & set(params)
@@ -21,7 +21,7 @@ def test_labels_of_parameter_dicts():
     assert set(ssm_labels(other).values()) == {"regular"}
     rational = rtf.init_params(jax.random.key(0), 2, 4, l_max=8)
     assert set(ssm_labels(rational).values()) == {"regular"}
-    shapes = jax.eval_shape(lambda: dplr.init_params(jax.random.key(0), 2, 4, l_max=8))
+    shapes = jax.eval_shape(lambda: s4.init_params(jax.random.key(0), 2, 4, l_max=8))
     assert ssm_labels(shapes)["im"] == "ssm"
 
 
@@ -43,7 +43,7 @@ def test_frozen_dynamics_are_no_parameters():
 
 
 def test_two_rates_in_one_optimizer():
-    params = dplr.init_params(jax.random.key(0), 2, 4, l_max=8, dtype=jnp.float64)
+    params = s4.init_params(jax.random.key(0), 2, 4, l_max=8, dtype=jnp.float64)
     optimizer = optax.multi_transform(
         {"ssm": optax.sgd(1e-3), "regular": optax.sgd(1e-1)}, ssm_labels
     )
