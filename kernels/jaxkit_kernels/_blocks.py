@@ -137,9 +137,9 @@ class VqAttentionTpuBlocks(BlockSizes):
 
 @dataclasses.dataclass(frozen=True)
 class VqAttentionGpuBlocks(BlockSizes):
-    """Keys or codes in one tile of the GPU kernels; a warpgroup has 64 queries."""
+    """Columns in one tile of the GPU kernels, whose programs have 64 rows."""
 
-    keys: int = _size(multiple_of=64, power_of_two=True, most=128)
+    columns: int = _size(multiple_of=64, most=128)
 
 
 def bucket(*sizes: int) -> tuple[int, ...]:

@@ -110,13 +110,13 @@ class Layout:
         """Tiles of the codes."""
         return self.padded_codes // self.tile_columns
 
-    def by_row(self, x: jax.Array) -> jax.Array:
-        """[batch, heads, time, ...] -> [batch groups, blocks, rows, ...]."""
+    def by_row(self, x: jax.Array, value: float = 0.0) -> jax.Array:
+        """[batch, heads, time, ...] -> [batch groups, blocks, rows, ...], padded by `value`."""
         tail = x.shape[3:]
         x = x.reshape(self.batch, self.groups, self.share, self.blocks, self.length, *tail)
         x = jnp.moveaxis(x, 3, 2)
         x = x.reshape(self.lead, self.blocks, self.share * self.length, *tail)
-        return pad_axis(x, 2, self.rows)
+        return pad_axis(x, 2, self.rows, value)
 
     def from_rows(self, x: jax.Array) -> jax.Array:
         """The inverse of `by_row`."""

@@ -144,7 +144,7 @@ def _cells_index(cells: jax.Array, groups: int) -> Callable[[Any, Any], tuple[An
     return lambda n, r: (n, by_block(r))
 
 
-def _params(*semantics: str) -> pltpu.CompilerParams:
+def _params(*semantics: Any) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=semantics)
 
 
@@ -356,7 +356,8 @@ def backward(
     keys, values = a.by_key(k), a.by_key(v)
     codes = pad_axis(codebook, 1, a.padded_codes)
     cache = _flat_means(means, a).astype(v.dtype)
-    lse, delta = a.by_row(lse)[:, :, None], a.by_row(delta)[:, :, None]
+    # Rows of padding see nothing.
+    lse, delta = a.by_row(lse, -MASKED)[:, :, None], a.by_row(delta)[:, :, None]
     g = a.by_row(cotangent)
 
     def call(kernel, grid, semantics, **options):
@@ -468,7 +469,7 @@ def backward(
     )(rows, codes, columns, lse, g)
 
     bar_bias = None
-    if by_query:
+    if bias is not None and by_query:
         bar_bias = a.cotangent_of_bias(bar_cells[0], bias).astype(bias.dtype)
     elif bias is not None:
         # Along the sequences and the blocks; the groups of a sequence are side by side.
