@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkit_kernels import _blocks, _dispatch
@@ -129,11 +130,12 @@ def nearest_code(
     """
     _check(x, codebook, mask, implementation, block_sizes)
     out_dtype, num_codes = x.dtype, codebook.shape[0]
-    compute = jnp.promote_types(
+    compute = np.promote_types(
         _dispatch.compute_dtype(x.dtype), _dispatch.compute_dtype(codebook.dtype)
     )
-    x = jax.lax.stop_gradient(x).astype(compute)
-    codebook = jax.lax.stop_gradient(codebook).astype(compute)
+    x, codebook = (
+        jax.lax.stop_gradient(jnp.asarray(value)).astype(compute) for value in (x, codebook)
+    )
 
     options: dict[str, Any] = {"second": second, "block_sizes": block_sizes}
     kernel = {**options, "interpret": interpret}
