@@ -1,12 +1,20 @@
-"""Examples in docstrings run as a user has JAX; tests/conftest.py is stricter for the tests."""
+"""What holds for tests and docstring examples alike; tests/conftest.py is stricter for the tests."""
 
 import jax
 import pytest
 from _pytest.doctest import DoctestItem
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_do_not_pile_up():
+    """A process that keeps every program of the suite grows by gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _users_settings(request):
+    """Examples run as a user has JAX."""
     if not isinstance(request.node, DoctestItem):
         yield
         return
