@@ -330,9 +330,13 @@ def _this_device() -> str | None:
 
 
 def _show(
-    console: Console, lines: Sequence[Line], rows: Sequence[dict[str, Any]], here: str
+    console: Console,
+    lines: Sequence[Line],
+    rows: Sequence[dict[str, Any]],
+    here: str,
+    name: str = "ssm",
 ) -> None:
-    table = Table(title=f"jaxkit bench ssm: float32 on {here}", title_justify="left")
+    table = Table(title=f"jaxkit bench {name}: float32 on {here}", title_justify="left")
     for column in ("measured", "value", "target", "met", "detail"):
         table.add_column(column, justify="right" if column in ("value", "target") else "left")
     marks = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
