@@ -29,7 +29,7 @@ from jaxkit.attention.vq.codebook import (
 from jaxkit.attention.vq.codes import QuantizedKeys, nearest_codes, quantize_keys
 from jaxkit.attention.vq.cost import Costs, attention_costs
 from jaxkit.attention.vq.decode import VQState, absorb, init_state, prefill, step
-from jaxkit.attention.vq.layers import CodebookVariable, VQAttention
+from jaxkit.attention.vq.layers import CodebookVariable, VQAttention, rms_norm
 from jaxkit.attention.vq.model import (
     LanguageModelLoss,
     VQBlock,
@@ -78,6 +78,7 @@ __all__ = [
     "quantize_keys",
     "reduce_blocks",
     "relative_sinusoids",
+    "rms_norm",
     "rotate",
     "sample_token",
     "soft_assignment",
