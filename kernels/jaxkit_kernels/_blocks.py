@@ -122,9 +122,10 @@ class NearestCodeGpuBlocks(BlockSizes):
 
 @dataclasses.dataclass(frozen=True)
 class VqAttentionXlaBlocks(BlockSizes):
-    """Most blocks of L queries handled at a time by the pure-JAX form."""
+    """Most blocks handled at a time by the pure-JAX form, or most queries of one block and head."""
 
     blocks: int = _size()
+    queries: int = _size()
 
 
 @dataclasses.dataclass(frozen=True)

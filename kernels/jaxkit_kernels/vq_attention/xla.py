@@ -35,48 +35,62 @@ class _Chunks:
         self.length, self.window = length, window
         self.blocks = self.time // length
         self.dtype = log_counts.dtype
-        one = self.batch * self.heads * length * (2 * length + self.codes)
+        columns = 2 * length + self.codes
 
         def heuristic() -> _blocks.VqAttentionXlaBlocks:
-            return _blocks.VqAttentionXlaBlocks(blocks=max(_TARGET // max(one, 1), 1))
+            one = self.batch * self.heads * length * columns
+            row = self.batch * self.groups * columns
+            whole = one <= 2 * _TARGET
+            return _blocks.VqAttentionXlaBlocks(
+                blocks=max(_TARGET // one, 1),
+                # Products of fewer than 64 rows are slow, whatever the memory.
+                queries=self.share * length if whole else max(_TARGET // row, 64),
+            )
 
-        wanted = _blocks.choose(
+        sizes = _blocks.choose(
             block_sizes,
             _blocks.VqAttentionXlaBlocks,
             _TABLE,
             "cpu",
             (*q.shape, length, self.codes),
             heuristic,
-        ).blocks
+        )
         # Equal chunks: the largest divisor of the number of blocks within the wanted size.
-        self.chunk = max(d for d in range(1, min(wanted, self.blocks) + 1) if self.blocks % d == 0)
+        self.chunk = _divisor(self.blocks, sizes.blocks)
         self.steps = self.blocks // self.chunk
+        self.rows = self.part = self.share * length
+        if self.chunk == 1 and sizes.queries < self.rows:
+            self.part = _divisor(length, sizes.queries)
+        self.parts = self.rows // self.part
 
         self.q, self.means, self.log_counts = q, means, log_counts
         self.codebook = codebook.astype(self.dtype)
-        front = ((0, 0), (0, 0), (length, 0), (0, 0))
-        self.k, self.v = jnp.pad(k, front), jnp.pad(v, front)
+        self.k, self.v = k, v
         if valid is None:
             valid = jnp.ones((1, self.time), bool)
-        self.valid = jnp.pad(valid, ((0, 0), (length, 0)))
+        self.valid = valid
 
+        self.bias = bias
+        if self.parts > 1:
+            return
+        # What is added to the scores of every block: [groups or 1, share L, 2 L + S].
         lag = length + np.arange(length)[:, None] - np.arange(2 * length)
         causal = jnp.asarray(np.where(lag >= 0, 0.0, MASKED), self.dtype)
-        # What is added to the scores of every block: [groups or 1, share L, 2 L + S].
-        self.rows = self.share * length
         fixed = jnp.broadcast_to(causal, (1, self.share, length, 2 * length))
-        self.bias = None
-        if bias is not None and bias.ndim == 2:
-            table = jnp.broadcast_to(
+        if self.table:
+            lags = jnp.broadcast_to(
                 bias.astype(self.dtype)[:, None], (self.heads, length, window + 1)
             )
-            by_key = skew.to_keys(table, length)
+            by_key = skew.to_keys(lags, length)
             by_key = by_key.reshape(self.groups, self.share, length, 2 * length)
             fixed = jnp.broadcast_to(fixed, by_key.shape) + by_key
-        elif bias is not None:
-            self.bias = bias
         fixed = jnp.pad(fixed, ((0, 0), (0, 0), (0, 0), (0, self.codes)))
-        self.fixed = fixed.reshape(-1, self.rows, 2 * length + self.codes)
+        self.fixed = fixed.reshape(-1, self.rows, columns)
+
+    @property
+    def table(self) -> bool:
+        """Whether the bias is a table by lag."""
+        return self.bias is not None and self.bias.ndim == 2
 
     def per_query(self, x: jax.Array, step: jax.Array) -> jax.Array:
         """Of [batch, heads, time, ...]: [batch, groups, chunk, share L, ...]."""
@@ -99,14 +113,15 @@ class _Chunks:
         return x.reshape(self.batch, self.heads, self.time, *tail)
 
     def _pairs(self, x: jax.Array, step: jax.Array, axis: int) -> jax.Array:
-        """Each block of the chunk behind the block before it, along `axis` of a padded array."""
-        size = self.chunk * self.length
-        part = jax.lax.dynamic_slice_in_dim(x, step * size, size + self.length, axis=axis)
-        lead, tail = x.shape[:axis], x.shape[axis + 1 :]
-        cut = lambda start: jax.lax.slice_in_dim(part, start, start + size, axis=axis).reshape(
-            *lead, self.chunk, self.length, *tail
-        )
-        return jnp.concatenate([cut(0), cut(self.length)], axis=axis + 1)
+        """Each block of the chunk behind the block before it (block 0 behind itself)."""
+        size, length = self.chunk * self.length, self.length
+        own = jax.lax.dynamic_slice_in_dim(x, step * size, size, axis=axis)
+        start = jnp.maximum(step * size - length, 0)
+        before = jax.lax.dynamic_slice_in_dim(x, start, length, axis=axis)
+        most = jax.lax.slice_in_dim(own, 0, size - length, axis=axis)
+        before = jnp.concatenate([before, most], axis=axis)
+        shape = (*x.shape[:axis], self.chunk, length, *x.shape[axis + 1 :])
+        return jnp.concatenate([before.reshape(shape), own.reshape(shape)], axis=axis + 1)
 
     def keys(self, step: jax.Array) -> jax.Array:
         """[batch, groups, chunk, 2 L + S, dk]."""
@@ -123,25 +138,106 @@ class _Chunks:
         cache = jax.lax.dynamic_slice_in_dim(self.means, step * self.chunk, self.chunk, axis=2)
         return jnp.concatenate([recent, cache.astype(self.dtype)], axis=3)
 
-    def scores(self, queries: jax.Array, keys: jax.Array, step: jax.Array) -> jax.Array:
-        """[batch, groups, chunk, share L, 2 L + S], masked."""
+    def by_column(self, step: jax.Array) -> jax.Array:
+        """Masks of keys, and log counts: [batch, groups, chunk, 2 L + S]."""
         seen = self._pairs(self.valid, step, 1)
+        # Nothing comes before block 0.
+        block = step * self.chunk + jnp.arange(self.chunk)
+        old = jnp.arange(2 * self.length) < self.length
+        seen = seen & ~((block == 0)[:, None] & old[None])[None]
         hidden = jnp.where(seen, jnp.zeros((), self.dtype), jnp.full((), MASKED, self.dtype))
         hidden = jnp.broadcast_to(
             hidden[:, None], (self.batch, self.groups, self.chunk, 2 * self.length)
         )
         cache = jax.lax.dynamic_slice_in_dim(self.log_counts, step * self.chunk, self.chunk, axis=2)
-        # By column and by row, apart: the sum is one vectorised pass over the scores.
-        by_column = jax.lax.optimization_barrier(jnp.concatenate([hidden, cache], axis=-1))
-        scores = _einsum("bgcid,bgcjd->bgcij", queries, keys)
-        scores = scores + by_column[:, :, :, None] + self.fixed[None, :, None]
-        if self.bias is not None:
+        return jnp.concatenate([hidden, cache], axis=-1)
+
+    def cells(self, step: jax.Array) -> list[jax.Array]:
+        """What is added to the scores of a chunk, cell by cell."""
+        cells = [self.fixed[None, :, None]]
+        if self.bias is not None and not self.table:
             lags = self.per_query(self.bias, step).reshape(
-                *scores.shape[:3], self.share, self.length, self.window + 1
+                self.batch, self.groups, self.chunk, self.share, self.length, self.window + 1
             )
             by_key = skew.to_keys(lags, self.length, self.codes)
-            scores = scores + by_key.reshape(scores.shape)
-        return scores
+            cells.append(by_key.reshape(*by_key.shape[:3], self.rows, by_key.shape[-1]))
+        return cells
+
+    def first(self, part: jax.Array) -> jax.Array:
+        """Place in its block of the first query of a part; a part is within one head."""
+        return part * self.part % self.length
+
+    def rows_of(self, x: jax.Array, part: jax.Array) -> jax.Array:
+        """Of [batch, groups, 1, share L, ...], the rows of a part."""
+        return jax.lax.dynamic_slice_in_dim(x, part * self.part, self.part, axis=3)
+
+    def head_of(self, part: jax.Array) -> jax.Array:
+        """Which of the heads of a group a part belongs to."""
+        return part * self.part // self.length
+
+    def cells_of(self, lags: jax.Array | None, part: jax.Array) -> list[jax.Array]:
+        """As `cells`, for a part, with the biases of its rows by lag."""
+        first = self.first(part)
+        rows = jax.lax.broadcasted_iota(jnp.int32, (self.part, 2 * self.length + self.codes), 0)
+        columns = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+        ahead = (columns > self.length + first.astype(jnp.int32) + rows) & (
+            columns < 2 * self.length
+        )
+        causal = jnp.where(ahead, jnp.full((), MASKED, self.dtype), jnp.zeros((), self.dtype))
+        cells = [causal[None, None, None]]
+        if lags is not None:
+            by_key = skew.to_keys(lags, self.length)
+            empty = jnp.zeros((*by_key.shape[:-1], rows.shape[1]), self.dtype)
+            cells.append(jax.lax.dynamic_update_slice_in_dim(empty, by_key, first, axis=-1))
+        return cells
+
+    def lags_of(self, lags: jax.Array | None, part: jax.Array) -> jax.Array | None:
+        """The biases of a part by lag, [batch or 1, groups, 1, rows, W + 1]."""
+        if self.bias is None or lags is not None:
+            return None if lags is None else self.rows_of(lags, part)
+        table = self.bias.astype(self.dtype).reshape(1, self.groups, self.share, 1, -1)
+        one = jax.lax.dynamic_slice_in_dim(table, self.head_of(part), 1, axis=2)
+        return jnp.broadcast_to(one, (*one.shape[:3], self.part, one.shape[-1]))
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of `size` that is at most `most`."""
+    return max(d for d in range(1, min(size, most) + 1) if size % d == 0)
+
+
+def _scores(queries, keys, by_column, cells) -> jax.Array:
+    """Masked scores [batch, groups, chunk, rows, 2 L + S]."""
+    scores = _einsum("bgcid,bgcjd->bgcij", queries, keys)
+    # By column and by cell, apart: the sum is one vectorised pass over the scores.
+    return sum(cells, scores + by_column[:, :, :, None])
+
+
+def _attend(queries, keys, values, by_column, cells) -> tuple[jax.Array, jax.Array]:
+    scores = _scores(queries, keys, by_column, cells)
+    # A row that sees nothing keeps a peak above all its scores, so that its weights vanish.
+    peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), MASKED / 2)
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = total > 0
+    safe = jnp.where(some, total, jnp.ones_like(total))
+    out = _einsum("bgcij,bgcjd->bgcid", weights, values) / safe
+    lse = jnp.where(some, peak + jnp.log(safe), jnp.full_like(peak, -MASKED))
+    return out, lse[..., 0]
+
+
+def _pull(queries, keys, values, by_column, cells, lse, delta, g):
+    """Cotangents of queries, keys, values and scores."""
+    weights = jnp.exp(_scores(queries, keys, by_column, cells) - lse[..., None])
+    at_weights = _einsum("bgcid,bgcjd->bgcij", g, values)
+    at_scores = weights * (at_weights - delta[..., None])
+    bar_q = _einsum("bgcij,bgcjd->bgcid", at_scores, keys)
+    # Products that contract the queries run fastest with their left side laid out by rows.
+    g_rows, q_rows = jax.lax.optimization_barrier(
+        (jnp.swapaxes(g, -1, -2), jnp.swapaxes(queries, -1, -2))
+    )
+    bar_values = jnp.swapaxes(_einsum("bgcdi,bgcij->bgcdj", g_rows, weights), -1, -2)
+    bar_keys = jnp.swapaxes(_einsum("bgcdi,bgcij->bgcdj", q_rows, at_scores), -1, -2)
+    return bar_q, bar_keys, bar_values, at_scores
 
 
 def forward(
@@ -164,19 +260,29 @@ def forward(
     )
 
     def one(_, step):
-        scores = chunks.scores(chunks.per_query(q, step), chunks.keys(step), step)
-        # A row that sees nothing keeps a peak above all its scores, so that its weights vanish.
-        peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), MASKED / 2)
-        weights = jnp.exp(scores - peak)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        some = total > 0
-        safe = jnp.where(some, total, jnp.ones_like(total))
-        out = _einsum("bgcij,bgcjd->bgcid", weights, chunks.values(step)) / safe
-        lse = jnp.where(some, peak + jnp.log(safe), jnp.full_like(peak, -MASKED))
-        return None, (out.astype(q.dtype), lse[..., 0])
+        queries, keys, values = chunks.per_query(q, step), chunks.keys(step), chunks.values(step)
+        by_column = jax.lax.optimization_barrier(chunks.by_column(step))
+        if chunks.parts == 1:
+            out, lse = _attend(queries, keys, values, by_column, chunks.cells(step))
+            return None, (out.astype(q.dtype), lse)
+        lags = None if bias is None or chunks.table else chunks.per_query(bias, step)
+
+        def some(part):
+            cells = chunks.cells_of(chunks.lags_of(lags, part), part)
+            out, lse = _attend(chunks.rows_of(queries, part), keys, values, by_column, cells)
+            return out.astype(q.dtype), lse
+
+        out, lse = jax.lax.map(some, jnp.arange(chunks.parts))
+        return None, (_join(out), _join(lse))
 
     _, (out, lse) = jax.lax.scan(one, None, jnp.arange(chunks.steps))
     return chunks.per_time(out), chunks.per_time(lse)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """Rows of parts, [parts, batch, groups, 1, rows, ...], as rows of a block."""
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
 def backward(
@@ -201,42 +307,74 @@ def backward(
         q, k, v, codebook, means, log_counts, bias, valid, block_length, window, block_sizes
     )
     recent, dtype = 2 * block_length, chunks.dtype
-    by_key_shape = (chunks.batch, chunks.groups, chunks.rows, recent)
-    table = bias is not None and bias.ndim == 2
     delta = jnp.sum(cotangent.astype(dtype) * out.astype(dtype), axis=-1)
 
-    def one(carry, step):
-        queries, keys = chunks.per_query(q, step), chunks.keys(step)
-        g = chunks.per_query(cotangent, step)
-        scores = chunks.scores(queries, keys, step)
-        weights = jnp.exp(scores - chunks.per_query(lse, step)[..., None])
-        at_weights = _einsum("bgcid,bgcjd->bgcij", g, chunks.values(step))
-        at_scores = weights * (at_weights - chunks.per_query(delta, step)[..., None])
-        bar_q = _einsum("bgcij,bgcjd->bgcid", at_scores, keys)
-        # Products that contract the queries run fastest with their left side laid out by rows.
-        g_rows, q_rows = jax.lax.optimization_barrier(
-            (jnp.swapaxes(g, -1, -2), jnp.swapaxes(queries, -1, -2))
+    def whole(carry, step, queries, keys, values, by_column, *more):
+        bar_q, bar_keys, bar_values, at_scores = _pull(
+            queries, keys, values, by_column, chunks.cells(step), *more
         )
-        bar_values = jnp.swapaxes(_einsum("bgcdi,bgcij->bgcdj", g_rows, weights), -1, -2)
-        bar_keys = jnp.swapaxes(_einsum("bgcdi,bgcij->bgcdj", q_rows, at_scores), -1, -2)
-        results = {
-            "q": bar_q.astype(q.dtype),
-            "keys": bar_keys[..., :recent, :],
-            "values": bar_values[..., :recent, :],
-            "means": bar_values[..., recent:, :].astype(means.dtype),
-        }
-        if table:
+        at_bias = None
+        if chunks.table:
             # A matmul with ones: XLA's own sum over the blocks takes as long as everything else.
             ones = jnp.ones(chunks.chunk, dtype)
             carry = carry + _einsum("c,bgcij->bgij", ones, at_scores)[..., :recent]
         elif bias is not None:
-            at_recent = at_scores[..., :recent]
-            by_key = at_recent.reshape(*at_recent.shape[:3], chunks.share, block_length, recent)
-            by_lag = skew.to_lags(by_key, window).astype(bias.dtype)
-            results["bias"] = by_lag.reshape(*at_recent.shape[:4], window + 1)
-        return carry, results
+            by_key = at_scores[..., :recent]
+            by_key = by_key.reshape(*by_key.shape[:3], chunks.share, block_length, recent)
+            at_bias = skew.to_lags(by_key, window).astype(bias.dtype)
+            at_bias = at_bias.reshape(*at_scores.shape[:4], window + 1)
+        return carry, bar_q.astype(q.dtype), bar_keys, bar_values, at_bias
 
-    start = jnp.zeros(by_key_shape, dtype) if table else None
+    def in_parts(carry, step, queries, keys, values, by_column, *more):
+        lags = None if bias is None or chunks.table else chunks.per_query(bias, step)
+
+        def one_part(sums, part):
+            cells = chunks.cells_of(chunks.lags_of(lags, part), part)
+            rows = partial(chunks.rows_of, part=part)
+            bar_q, bar_keys, bar_values, at_scores = _pull(
+                rows(queries), keys, values, by_column, cells, *(rows(x) for x in more)
+            )
+            at_table, at_bias = sums[2], None
+            if bias is not None:
+                size = block_length + chunks.part
+                by_key = jax.lax.dynamic_slice_in_dim(at_scores, chunks.first(part), size, axis=-1)
+                by_lag = skew.to_lags(by_key, window)
+                if chunks.table:
+                    head = chunks.head_of(part)
+                    at_table = at_table.at[:, :, head].add(jnp.sum(by_lag[:, :, 0], axis=2))
+                else:
+                    at_bias = by_lag.astype(bias.dtype)
+            sums = (sums[0] + bar_keys, sums[1] + bar_values, at_table)
+            return sums, (bar_q.astype(q.dtype), at_bias)
+
+        start = jnp.zeros_like(keys), jnp.zeros_like(values), carry
+        sums, (bar_q, at_bias) = jax.lax.scan(one_part, start, jnp.arange(chunks.parts))
+        at_bias = None if at_bias is None else _join(at_bias)
+        return sums[2], _join(bar_q), sums[0], sums[1], at_bias
+
+    def one(carry, step):
+        carry, bar_q, bar_keys, bar_values, at_bias = (whole if chunks.parts == 1 else in_parts)(
+            carry,
+            step,
+            chunks.per_query(q, step),
+            chunks.keys(step),
+            chunks.values(step),
+            jax.lax.optimization_barrier(chunks.by_column(step)),
+            chunks.per_query(lse, step),
+            chunks.per_query(delta, step),
+            chunks.per_query(cotangent, step),
+        )
+        return carry, {
+            "q": bar_q,
+            "keys": bar_keys[..., :recent, :],
+            "values": bar_values[..., :recent, :],
+            "means": bar_values[..., recent:, :].astype(means.dtype),
+            "bias": at_bias,
+        }
+
+    # A table's cotangent: by key, [share L, 2 L], or in parts by lag, [share, W + 1].
+    shape = (chunks.rows, recent) if chunks.parts == 1 else (chunks.share, window + 1)
+    start = jnp.zeros((chunks.batch, chunks.groups, *shape), dtype) if chunks.table else None
     carry, parts = jax.lax.scan(one, start, jnp.arange(chunks.steps))
 
     def per_block(x: jax.Array) -> jax.Array:
@@ -252,9 +390,12 @@ def backward(
         return (own + before).reshape(like.shape).astype(like.dtype)
 
     bar_bias = None
-    if carry is not None and bias is not None:
-        by_key = jnp.sum(carry, axis=0).reshape(chunks.heads, block_length, recent)
-        bar_bias = jnp.sum(skew.to_lags(by_key, window), axis=1).astype(bias.dtype)
+    if bias is not None and carry is not None:
+        total = jnp.sum(carry, axis=0)
+        if chunks.parts == 1:
+            by_key = total.reshape(chunks.heads, block_length, recent)
+            total = jnp.sum(skew.to_lags(by_key, window), axis=1)
+        bar_bias = total.reshape(bias.shape).astype(bias.dtype)
     elif bias is not None:
         bar_bias = chunks.per_time(parts["bias"])
     return (
