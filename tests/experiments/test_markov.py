@@ -199,11 +199,11 @@ def test_the_score_is_over_the_second_half():
 
 def test_reference_arms_see_less_and_need_more_bits():
     config = MarkovConfig(test=64)
-    drawn = markov.test_chains(config)
+    drawn = markov.held_out_chains(config)
     bits = {arm: markov.reference_bits(config, arm, drawn).mean() for arm in markov.BAYES}
     assert bits["bayes"] < bits["bayes-31"] < bits["bayes-24"]
     assert bits["bayes"] < bits["bayes-window"]
-    assert np.array_equal(drawn, markov.test_chains(config))
+    assert np.array_equal(drawn, markov.held_out_chains(config))
 
 
 def results_of(bits, **more):

@@ -55,6 +55,13 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.modules.update(held)
 
 
+@contextmanager
+def _defaults() -> Iterator[None]:
+    """Their code mixes ranks and dtypes, as JAX lets it by default."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def _is_theirs(name: str) -> bool:
     return name.partition(".")[0] == "transformer_vq"
 
@@ -152,8 +159,9 @@ class PublicLayer:
     def init(self, key: jax.Array) -> Mapping[str, Any]:
         """Their parameters, in their layout, for a batch of any size."""
         block = jnp.zeros((1, self.block_length, self.config.d_model), jnp.float32)
-        state = self._layer.initial_state(self.config, 1)
-        return self._layer.init(key, state=state, input_dict=self._inputs(block))["params"]
+        with _defaults():
+            state = self._layer.initial_state(self.config, 1)
+            return self._layer.init(key, state=state, input_dict=self._inputs(block))["params"]
 
     def __call__(self, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
         """`[batch, T, model_dim]` to the same shape; T is a multiple of the block length."""
@@ -166,5 +174,6 @@ class PublicLayer:
             )
             return state, block + out["res"]
 
-        _, out = jax.lax.scan(body, self._layer.initial_state(self.config, batch), blocks)
+        with _defaults():
+            _, out = jax.lax.scan(body, self._layer.initial_state(self.config, batch), blocks)
         return jnp.moveaxis(out, 0, 1).reshape(batch, length, width)
