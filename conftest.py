@@ -1,4 +1,4 @@
-"""What holds for tests and docstring examples alike; tests/conftest.py is stricter for the tests."""
+"""What tests and docstring examples share; tests/conftest.py is stricter for the tests."""
 
 import jax
 import pytest
