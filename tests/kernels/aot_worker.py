@@ -50,7 +50,7 @@ def main(target: str) -> None:
             spec = contract.specs(case, heads, modes, replicated)
             work.append((case.name, programs, [heads, modes, length], spec, dense / 4))
     for operation in OPERATIONS.values():
-        for shape in (operation.shapes[2], operation.large):
+        for shape in (operation.shapes[1], operation.large):
             spec = operation.specs(shape, sharding=replicated)
             limit = operation.dense(*shape) / 16
             work.append((operation.name, operation.programs("auto"), list(shape), spec, limit))

@@ -137,7 +137,7 @@ NEAREST_CODE = Operation(
     arguments=lambda tokens, codes, features: ((tokens, features), (codes, features)),
     make=make_nearest_code,
     oracle=nearest_code_oracle,
-    shapes=((1, 1, 1), (5, 2, 1), (7, 5, 3), (130, 129, 2), (270, 300, 33)),
+    shapes=((1, 1, 1), (7, 5, 3), (130, 129, 2), (270, 300, 33)),
     small_blocks={
         "xla": NearestCodeXlaBlocks(tokens=7, codes=24),
         "pallas_tpu": NearestCodeTpuBlocks(tokens=128, codes=128),

@@ -45,7 +45,7 @@ def test_values_and_cotangents(op, implementation, dtype):
         with pytest.raises(NotImplementedError, match=r"float32; got float64"):
             op.bind(implementation)(*op.operands(op.shapes[0], dtype))
         return
-    for shape in op.shapes:
+    for shape in op.shapes if dtype == jnp.float32 else op.shapes[-1:]:
         low, high = op.operands(shape, dtype), op.operands(shape, jnp.float64)
         function = op.bind(implementation)
         got, bars = jax.jit(lambda *x, f=function: (f(*x), cotangents(op, f, x)))(*low)
@@ -66,7 +66,7 @@ def test_small_blocks(op, implementation):
 @every_operation
 def test_vmap(op, implementation):
     """A batch of problems, and a batch in each operand alone, equals the problems one by one."""
-    shape, function = op.shapes[2], op.bind(implementation)
+    shape, function = op.shapes[1], op.bind(implementation)
     several = [op.operands(shape, jnp.float32, seed=seed) for seed in range(3)]
     got = jax.jit(jax.vmap(function))(*jax.tree.map(lambda *x: jnp.stack(x), *several))
     for index, one in enumerate(several):
@@ -105,7 +105,7 @@ def test_without_x64(op):
 @pytest.mark.parametrize("implementation", ["auto", "xla", "pallas_tpu"])
 @every_operation
 def test_lowers_for_tpu(op, implementation):
-    for shape in (op.shapes[2], op.large):
+    for shape in (op.shapes[1], op.large):
         for program in op.programs(implementation).values():
             lowered = jax.jit(program).trace(*op.specs(shape)).lower(lowering_platforms=("tpu",))
             assert ("tpu_custom_call" in lowered.as_text()) == (implementation != "xla")
@@ -113,7 +113,7 @@ def test_lowers_for_tpu(op, implementation):
 
 @every_operation
 def test_auto_falls_back_for_float64_on_tpu(op):
-    spec = op.specs(op.shapes[2], jnp.float64)
+    spec = op.specs(op.shapes[1], jnp.float64)
     for program in op.programs("auto").values():
         text = jax.jit(program).trace(*spec).lower(lowering_platforms=("tpu",)).as_text()
         assert "tpu_custom_call" not in text
@@ -122,7 +122,7 @@ def test_auto_falls_back_for_float64_on_tpu(op):
 @every_operation
 def test_auto_takes_the_xla_form_on_cpu(op):
     for program in op.programs("auto").values():
-        lowered = jax.jit(program).trace(*op.specs(op.shapes[2])).lower(lowering_platforms=("cpu",))
+        lowered = jax.jit(program).trace(*op.specs(op.shapes[1])).lower(lowering_platforms=("cpu",))
         assert "custom_call @" not in lowered.as_text()
     low = op.operands(op.shapes[-1], jnp.float32)
     got, want = (jax.jit(op.bind(name))(*low) for name in ("auto", "xla"))
