@@ -8,7 +8,8 @@ a key that tells the previous symbol is all that a code must resolve: 8 codes wo
 One gated single-head layer and a read-out, on the sum of an embedding of x_t and one of x_{t−1}.
 The best predictor for what each arm may see is known in closed form (arms `bayes`).
 
-    jaxkit run vq-markov --preset cpu
+    jaxkit run vq-markov --preset cpu      two minutes on two cores; too short to use few codes well
+    jaxkit run vq-markov --preset pilot    five minutes: the card's own steps and batches
 
 Sources: Lingle 2023 (arXiv 2309.16354); post 9844 on kexue.fm.
 """
@@ -298,6 +299,7 @@ class Markov(Experiment):
             lengths=(),
         ),
         "cpu": MarkovConfig(steps=300, batch_size=16, lengths=(512, 1024, 2048, 4096)),
+        "pilot": MarkovConfig(),
         "gpu": MarkovConfig(steps=5000, batch_size=128, length=1024, test=1024),
     }
 
