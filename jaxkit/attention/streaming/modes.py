@@ -172,7 +172,8 @@ class Decoder:
         return self.model.num_layers if self.group is None else self.group
 
     @property
-    def _keeps_tokens(self) -> bool:
+    def keeps_tokens(self) -> bool:
+        """Whether a step reads the tokens before it again, and keeps nothing else."""
         return self.mode in ("layerwise", "recompute") or self.group == self.model.num_layers
 
     def init_state(self, params: ModelParams, token: Any, capacity: int) -> DecodeState:
@@ -194,12 +195,12 @@ class Decoder:
         cache: Any = ()
         if self.mode == "kv_cache":
             cache = tuple(jnp.zeros((N, capacity, *s.shape), s.dtype) for s in (shapes.k, shapes.v))
-        elif self.mode in ("input_cache", "grouped") and not self._keeps_tokens:
+        elif self.mode in ("input_cache", "grouped") and not self.keeps_tokens:
             kept = N if self.mode == "input_cache" else N // self.depth
             cache = jnp.zeros((kept, capacity, *shapes.x.shape), shapes.x.dtype)
         tokens = jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), buffer)
         position = jnp.zeros((), jnp.int32)
-        return DecodeState(tokens if self._keeps_tokens else (), cache, position, Counts.zero())
+        return DecodeState(tokens if self.keeps_tokens else (), cache, position, Counts.zero())
 
     def step(
         self, params: ModelParams, state: DecodeState, token: Any
@@ -219,7 +220,7 @@ class Decoder:
             in reverse mode.
         """
         buffers = jax.tree.leaves((state.tokens, state.cache))
-        kept = 0 if self._keeps_tokens else 2 if self.mode == "kv_cache" else 1
+        kept = 0 if self.keeps_tokens else 2 if self.mode == "kv_cache" else 1
         if not buffers or len(jax.tree.leaves(state.cache)) != kept:
             raise ValueError(
                 f"state must be made by init_state of a decoder of mode {self.mode!r}."
@@ -227,7 +228,7 @@ class Decoder:
         i = state.position
         tokens = (
             jax.tree.map(lambda b, t: _write(b, jnp.asarray(t, b.dtype), i), state.tokens, token)
-            if self._keeps_tokens
+            if self.keeps_tokens
             else ()
         )
         one = jax.tree.map(lambda t: jnp.asarray(t)[None], token)
@@ -240,7 +241,7 @@ class Decoder:
             "recompute": self._grouped,
         }[self.mode]
         x, cache, counts = run(params, shapes, tokens, state, token)
-        capacity = buffers[0].shape[0 if self._keeps_tokens else 1]
+        capacity = buffers[0].shape[0 if self.keeps_tokens else 1]
         x = jnp.where(i < capacity, x, jnp.full_like(x, jnp.nan))
         return x, DecodeState(tokens, cache, i + 1, counts)
 
@@ -339,7 +340,7 @@ class Decoder:
         self, params: ModelParams, shapes: Shapes, tokens: Any, state: DecodeState, token: Any
     ) -> tuple[Array, Any, Counts]:
         model, i, N, depth = self.model, state.position, self.model.num_layers, self.depth
-        capacity = jax.tree.leaves((tokens, state.cache))[0].shape[0 if self._keeps_tokens else 1]
+        capacity = jax.tree.leaves((tokens, state.cache))[0].shape[0 if self.keeps_tokens else 1]
         window = capacity if model.window is None else model.window
         expected = N // depth * costs.windowed_visits(depth, capacity, window)
         warn_cost(expected, self.limit, f"mode {self.mode!r} with {N} layers at p = {capacity}")
@@ -353,7 +354,7 @@ class Decoder:
             layers = jax.tree.map(cut, params.layers)
             return stack_machine(model, shapes, layers, depth, source, i, counts)
 
-        if self._keeps_tokens:
+        if self.keeps_tokens:
 
             def embed(j: Array) -> Array:
                 at = jax.tree.map(lambda t: jax.lax.dynamic_index_in_dim(t, j, 0, False), tokens)

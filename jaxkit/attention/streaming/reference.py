@@ -353,8 +353,10 @@ def prefix_attention(
     scores = scores.reshape(*sizes.batch, sizes.heads, sizes.keys)
     scores = jnp.moveaxis(scores, -1, 0)
     values = jnp.repeat(jnp.moveaxis(v.astype(dtype), -3, 0), sizes.per_group, axis=-2)
-    # A masked key is the identity; its value takes no part.
-    states = SoftmaxState(scores, jnp.ones_like(scores), values)
+    # A masked key is the identity: its value takes no part, whatever it is.
+    seen = ~jnp.isneginf(scores)
+    values = jnp.where(seen[..., None], values, jnp.zeros_like(values))
+    states = SoftmaxState(scores, seen.astype(dtype), values)
     states = jax.lax.associative_scan(merge, states, reverse=reverse, axis=0)
     if initial is not None:
         shape = (*sizes.batch, sizes.heads)

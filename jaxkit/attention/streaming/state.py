@@ -244,7 +244,7 @@ def finalize(state: SoftmaxState, *, dtype: DType | None = None) -> Attended:
     empty = (state.l == 0) | jnp.isneginf(state.m)
     l = jnp.where(empty, jnp.ones_like(state.l), state.l)
     lse = jnp.where(empty, -jnp.inf, _finite_part(state.m) + jnp.log(l))
-    out = state.o / l[..., None]
+    out = jnp.where(empty[..., None], jnp.zeros_like(state.o), state.o / l[..., None])
     return Attended(out if dtype is None else out.astype(dtype), lse)
 
 
