@@ -26,6 +26,11 @@ REGISTRY: dict[str, str] = {
     "s4-listops": "jaxkit_experiments.ssm.sequence_tasks:ListOps",
     "hippo-reconstruction": "jaxkit_experiments.ssm.reconstruction:Reconstruction",
     "s4-kernel-speed": "jaxkit_experiments.ssm.kernel_speed:KernelSpeed",
+    "vq-markov": "jaxkit_experiments.vq.markov:Markov",
+    "vq-language-model": "jaxkit_experiments.vq.language_model:LanguageModel",
+    "vq-digits": "jaxkit_experiments.vq.digits:DigitsVQ",
+    "vq-digits-sweep": "jaxkit_experiments.vq.digits_sweep:DigitsVQSweep",
+    "attention-constant-space": "jaxkit_experiments.vq.constant_space:ConstantSpace",
 }
 
 

@@ -252,7 +252,7 @@ def fsq_code(
     basis = across(jnp.asarray(_basis(levels)), index)
     size = across(jnp.asarray(levels, jnp.int32), index)
     digits = (index // basis) % size
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(jnp.zeros((), dtype))
     unit = across(jnp.asarray(_units(levels, names), wide), index)
     code = (digits.astype(wide) - unit) / unit
     return jnp.where(valid[..., None], code, jnp.nan).astype(dtype)
