@@ -126,7 +126,7 @@ class AutoEncoder(nnx.Module):
         {"heads": 2, "revival_threshold": 0.5, "temperature": 0.1},
     ],
 )
-def test_training_lowers_the_loss(options):
+def test_training_lowers_the_reconstruction_error(options):
     model = AutoEncoder(**options)
     x = random(128, 4)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
@@ -135,15 +135,16 @@ def test_training_lowers_the_loss(options):
     def step(model, optimizer, key):
         def loss(model):
             y, out = model(x, train=True, key=key)
-            return jnp.mean((x - y) ** 2) + sum(out.losses.values())
+            error = jnp.mean((x - y) ** 2)
+            return error + sum(out.losses.values()), error
 
-        value, grads = nnx.value_and_grad(loss)(model)
+        grads, error = nnx.grad(loss, has_aux=True)(model)
         optimizer.update(model, grads)
-        return value
+        return error
 
     with jax.numpy_dtype_promotion("standard"):  # optax's bias correction: float ** int
-        values = [float(step(model, optimizer, jax.random.key(i))) for i in range(150)]
-    assert values[-1] < 0.5 * values[0]
+        values = [float(step(model, optimizer, jax.random.key(i))) for i in range(400)]
+    assert values[-1] < 0.4 * np.mean(np.square(x))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(nnx.state(model)))
 
 
