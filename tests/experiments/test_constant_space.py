@@ -46,11 +46,14 @@ def test_accumulate_in_float64_is_exact(order, tile):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        with jax.numpy_rank_promotion("allow"):
-            experiment, config = ConstantSpace(), ConstantSpace.presets["smoke"]
-            ctx = Context(tmp_path_factory.mktemp("run"))
-            arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        experiment, config = ConstantSpace(), ConstantSpace.presets["smoke"]
+        ctx = Context(tmp_path_factory.mktemp("run"))
+        arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}
     return ctx, config, arms
 
 
