@@ -9,6 +9,7 @@ therefore cut in three bfloat16 parts of eight bits each, and a product is the s
 that are not below float32's last bit. Tiles carry their parts as the first axis.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,16 @@ __all__ = ["Hopper", "Plain", "Tile", "launch", "split", "stored"]
 _SHARED = 227 * 1024
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+# JAX 0.12 takes the place of a load with the reference, 0.10 beside it.
+_load: Any = plgpu.load
+_PLACE_BESIDE = "idx" in inspect.signature(plgpu.load).parameters
+
+
+def _loaded(ref: Any, index: tuple[Any, ...], layout: Any) -> jax.Array:
+    """Global memory into registers."""
+    if _PLACE_BESIDE:
+        return _load(ref, index, layout=layout, optimized=False)
+    return _load(ref.at[index], layout=layout, optimized=False)
 
 
 def stored(dtype: Any) -> tuple[int, Any]:
@@ -112,22 +123,22 @@ class Hopper:
 
     def matrix(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
         """A float32 matrix from global memory."""
-        return plgpu.load(ref, index, layout=plgpu.Layout.WGMMA, optimized=False)
+        return _loaded(ref, index, plgpu.Layout.WGMMA)
 
     def per_row(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
         """A float32 vector from global memory with one number a row."""
-        return plgpu.load(ref, index, layout=_ROWS, optimized=False)
+        return _loaded(ref, index, _ROWS)
 
     def per_column(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
         """A float32 vector from global memory with one number a column."""
-        return plgpu.load(ref, index, layout=_COLUMNS, optimized=False)
+        return _loaded(ref, index, _COLUMNS)
 
     def dot(self, a: Any, b: Any) -> jax.Array:
         """a b^T of two tiles."""
 
         def multiply(acc):
             for i, j in _pairs(a.shape[0]):
-                plgpu.wgmma(acc, a.at[i], plgpu.transpose_ref(b.at[j], (1, 0)))
+                plgpu.wgmma(acc, a.at[i], b.at[j].transpose((1, 0)))
             return acc[...]
 
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[1], b.shape[1]), jnp.float32))
