@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
-from jaxkit_experiments.speed import measure, peers, roofline
+from jaxkit_experiments.speed import bench, measure, peers, roofline
 from jaxkit_experiments.speed import ssm as bench_ssm
 from rich.console import Console
 
@@ -261,12 +261,12 @@ def test_bench_prints_and_writes_what_it_measured(tmp_path, capsys):
 
 
 def test_targets_are_judged_both_ways():
-    line = bench_ssm.Line("ratio", 5.9, "x", least=6.0)
+    line = bench.Line("ratio", 5.9, "x", least=6.0)
     assert line.met is False
-    assert bench_ssm.Line("slope", 1.1, "", most=1.15).met is True
-    assert bench_ssm.Line("plain", 1.0, "").met is None
+    assert bench.Line("slope", 1.1, "", most=1.15).met is True
+    assert bench.Line("plain", 1.0, "").met is None
     console = Console(file=io.StringIO(), width=200)
-    bench_ssm._show(console, [line], [], "here")
+    bench.show("ssm", console, [line], [], "here")
     assert " no " in console.file.getvalue()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jaxkit_experiments import cli
-from jaxkit_experiments.speed import public_vq, vq
+from jaxkit_experiments.speed import measure, public_vq, vq
 
 from jaxkit.attention.vq import VQAttention
 from tests.tolerance import tol
@@ -97,14 +97,14 @@ def test_a_decoded_token_is_that_of_the_whole_sequence():
 
 
 def test_available_memory_is_what_the_machine_may_still_give():
-    room = vq.available_memory()
+    room = measure.available_memory()
     assert room is not None
     assert 1e6 < room < 1e14
 
 
 @pytest.mark.x32
 def test_a_form_that_does_not_fit_is_not_run_and_says_so(monkeypatch):
-    monkeypatch.setattr(vq, "available_memory", lambda: 1000)
+    monkeypatch.setattr(measure, "available_memory", lambda: 1000)
     lines, record = vq.attention(dataclasses.replace(TINY, lengths=(64,), targets=(4.0,)))
     against = [line for line in lines if "against" in line.name]
     assert len(against) == 2

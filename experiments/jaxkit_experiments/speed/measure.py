@@ -28,6 +28,7 @@ from jaxkit_experiments import runfolder
 __all__ = [
     "Memory",
     "Timing",
+    "available_memory",
     "compare",
     "environment",
     "fit_slope",
@@ -178,6 +179,28 @@ def fit_slope(sizes: Any, values: Any) -> float:
             f"got shapes {sizes.shape} and {values.shape}."
         )
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def available_memory() -> int | None:
+    """Bytes that a program may still take on the default device; `None` if unknown."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else int(limit) - int(stats.get("bytes_in_use", 0))
+    free = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+        # A container may be allowed less than the machine has.
+        limit_text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit_text != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            free.append(int(limit_text) - used)
+    except (OSError, ValueError):
+        pass
+    return min(free, default=None)
 
 
 def measure_memory(function: Callable[..., Any], *args: Any) -> Memory | None:

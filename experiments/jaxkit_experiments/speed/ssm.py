@@ -5,21 +5,19 @@ temporary memory, two-level against direct Vandermonde, time per training step a
 and the roofline of each kernel. A target is judged only at the size it is stated for.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from jaxkit_experiments.speed import measure, peers, roofline
+from jaxkit_experiments.speed.bench import Line, Part, command, milliseconds, roofline_rows, run
 
 __all__ = ["Line", "Sizes", "bench", "main"]
 
@@ -61,38 +59,6 @@ QUICK = Sizes(
 )
 
 
-@dataclass(frozen=True)
-class Line:
-    """One reported number: what, how much, what was wanted and whether it is so.
-
-    Example:
-        >>> Line("ratio", 4.0, "x", least=3.0).met
-        True
-    """
-
-    name: str
-    value: float
-    unit: str
-    detail: str = ""
-    least: float | None = None
-    most: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the target holds; `None` without a target."""
-        if self.least is None and self.most is None:
-            return None
-        above = self.least is None or self.value >= self.least
-        return above and (self.most is None or self.value <= self.most)
-
-    @property
-    def target(self) -> str:
-        """The target in words."""
-        if self.least is not None:
-            return f">= {self.least:g}"
-        return f"<= {self.most:g}" if self.most is not None else ""
-
-
 def _with_vjp(form: Callable[..., Any]) -> Callable[..., Any]:
     def both(params: Any, cotangent: Any) -> Any:
         out, pull = jax.vjp(form, params)
@@ -104,10 +70,6 @@ def _with_vjp(form: Callable[..., Any]) -> Callable[..., Any]:
 def _difference(one: Any, other: Any) -> float:
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     return float(np.max(np.abs(one - other)) / np.max(np.abs(other)))
-
-
-def _milliseconds(timings: Mapping[str, measure.Timing]) -> str:
-    return ", ".join(f"{name} {timing.median * 1e3:.3g} ms" for name, timing in timings.items())
 
 
 def _race(
@@ -150,7 +112,7 @@ def dplr_speed(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
                 f"DPLR {part}, {size}",
                 measure.speedup(race["broadcast"], race["fused"]),
                 "x",
-                _milliseconds(race),
+                milliseconds(race),
                 least=least,
             )
         )
@@ -219,7 +181,7 @@ def vandermonde_speed(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
             f"Vandermonde {part}, {size}",
             measure.speedup(race["direct"], race["two-level"]),
             "x",
-            _milliseconds(race),
+            milliseconds(race),
             least=3.0 if part == "forward" else None,
         )
         for part, race in timings.items()
@@ -275,7 +237,7 @@ def step_scaling(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
             f"S4 training step, slope of log time in log L, H={sizes.step_heads} N={sizes.state}",
             slope,
             "",
-            _milliseconds({f"L={name}": timing for name, timing in timings.items()}),
+            milliseconds({f"L={name}": timing for name, timing in timings.items()}),
             most=1.15,
         )
     ]
@@ -302,85 +264,23 @@ def kernel_work(sizes: Sizes) -> dict[str, roofline.Work]:
     return work
 
 
-def roofline_lines(
-    sizes: Sizes, measured: dict[str, float]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Counted work of each kernel, its least time on each device, and the time measured here."""
-    rows = []
-    for name, work in kernel_work(sizes).items():
-        row: dict[str, Any] = {"kernel": name, **asdict(work), "flops": work.flops}
-        for device in roofline.DEVICES:
-            seconds, bound = roofline.least_time(work, device)
-            row[device] = {"seconds": seconds, "bound": bound}
-        row["measured"] = measured.get(name)
-        rows.append(row)
-    return rows, {"devices": {name: asdict(dev) for name, dev in roofline.DEVICES.items()}}
-
-
-def _this_device() -> str | None:
-    kind = jax.devices()[0].device_kind.lower()
-    names = {
-        "v5 lite": "tpu-v5e",
-        "v5e": "tpu-v5e",
-        "v6": "tpu-v6e",
-        "h100": "h100",
-        "h200": "h200",
-    }
-    return next((device for part, device in names.items() if part in kind), None)
-
-
-def _show(
-    console: Console,
-    lines: Sequence[Line],
-    rows: Sequence[dict[str, Any]],
-    here: str,
-    name: str = "ssm",
-) -> None:
-    table = Table(title=f"jaxkit bench {name}: float32 on {here}", title_justify="left")
-    for column in ("measured", "value", "target", "met", "detail"):
-        table.add_column(column, justify="right" if column in ("value", "target") else "left")
-    marks = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
-    for line in lines:
-        value = f"{line.value:.3g} {line.unit}".strip()
-        table.add_row(line.name, value, line.target, marks[line.met], line.detail)
-    console.print(table)
-    if not rows:
-        return
-    limits = Table(
-        title="Least time by counted work, and what bounds it: vec(tor) or mat(rix) unit, both as "
-        "com(pute), or mem(ory)",
-        title_justify="left",
-    )
-    limits.add_column("kernel")
-    limits.add_column("Gflop", justify="right")
-    limits.add_column("MB", justify="right")
-    for device in roofline.DEVICES.values():
-        limits.add_column(f"{device.name.removesuffix(' SXM')} µs", justify="right")
-    limits.add_column("here µs", justify="right")
-    limits.add_column("Gflop/s", justify="right")
-    for row in rows:
-        cells = [
-            f"{row[device]['seconds'] * 1e6:.3g} {row[device]['bound'][:3]}"
-            for device in roofline.DEVICES
-        ]
-        seconds = row["measured"]
-        cells.append(f"{seconds * 1e6:.0f}" if seconds else "-")
-        rate = f"{row['flops'] / seconds / 1e9:.3g}" if seconds else "-"
-        own = _this_device()
-        if own and seconds:
-            rate += f" ({row[own]['seconds'] / seconds:.0%} of the limit)"
-        limits.add_row(
-            row["kernel"], f"{row['flops'] / 1e9:.3g}", f"{row['bytes'] / 1e6:.3g}", *cells, rate
-        )
-    console.print(limits)
-
-
-PARTS: dict[str, Callable[[Sizes], tuple[list[Line], dict[str, Any]]]] = {
+PARTS: dict[str, Part] = {
     "dplr": dplr_speed,
     "memory": dplr_memory,
     "vandermonde": vandermonde_speed,
     "step": step_scaling,
 }
+
+
+def _rooflines(sizes: Sizes, details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    measured: dict[str, float] = {}
+    for label, part, form in (
+        ("DPLR", "dplr", "fused"),
+        ("Vandermonde", "vandermonde", "two-level"),
+    ):
+        for direction, race in details.get(part, {}).items():
+            measured[f"{label} {direction}"] = race[form].median
+    return roofline_rows(kernel_work(sizes), measured)
 
 
 def bench(
@@ -405,40 +305,7 @@ def bench(
         >>> record["benchmark"], record["lines"]
         ('ssm', [])
     """
-    console = console or Console()
-    environment = measure.environment()
-    lines: list[Line] = []
-    record: dict[str, Any] = {}
-    for name, part in PARTS.items():
-        if name not in parts:
-            continue
-        with console.status(f"bench ssm: {name}"):
-            some, record[name] = part(sizes)
-        if not sizes.judged:
-            some = [replace(line, least=None, most=None) for line in some]
-        lines += some
-    measured: dict[str, float] = {}
-    for label, part_name, form in (
-        ("DPLR", "dplr", "fused"),
-        ("Vandermonde", "vandermonde", "two-level"),
-    ):
-        for direction, race in record.get(part_name, {}).items():
-            measured[f"{label} {direction}"] = race[form].median
-    rows: list[dict[str, Any]] = []
-    if "roofline" in parts:
-        with console.status("bench ssm: roofline"):
-            rows, record["roofline"] = roofline_lines(sizes, measured)
-    here = f"{environment['device']} ({environment['processor']}, {environment['cores']} cores)"
-    _show(console, lines, rows, here)
-    return {
-        "benchmark": "ssm",
-        "environment": environment,
-        "dtype": "float32",
-        "sizes": asdict(sizes),
-        "lines": [{**asdict(line), "target": line.target, "met": line.met} for line in lines],
-        "roofline": rows,
-        "details": record,
-    }
+    return run("ssm", sizes, PARTS, chosen=parts, rooflines=_rooflines, console=console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -450,28 +317,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 when everything ran, whatever the numbers say.
     """
-    parser = argparse.ArgumentParser(
-        prog="jaxkit bench ssm",
-        description="State-space kernels against tutorial forms and against the device's limit.",
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes: no target is judged")
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=(*PARTS, "roofline"),
-        default=(*PARTS, "roofline"),
-        help="run only these parts",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench/ssm.json"), help="where the JSON goes"
+    parser, finish = command(
+        "ssm",
+        "State-space kernels against tutorial forms and against the device's limit.",
+        (*PARTS, "roofline"),
     )
     options = parser.parse_args(argv)
-    # Wide enough for the tables where the output is a file or a pipe.
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    record = bench(QUICK if options.quick else FULL, parts=options.parts, console=console)
-    path = measure.write_json(options.out, record)
-    console.print(f"Written: {path}")
-    return 0
+    return finish(options, partial(bench, QUICK if options.quick else FULL))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ the public transformer-vq code's layer (`--public PATH`), and rooflines. A targe
 the size it is stated for.
 """
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ from jaxkit.attention.vq import (
 )
 from jaxkit.quantize import EMAState
 from jaxkit_experiments.speed import measure, roofline
+from jaxkit_experiments.speed.bench import Line, Part, command, milliseconds, roofline_rows, run
 from jaxkit_experiments.speed.public_vq import PublicLayer, Unavailable
-from jaxkit_experiments.speed.ssm import Line, _show
 
 __all__ = ["Sizes", "bench", "main"]
 
@@ -94,28 +93,6 @@ QUICK = Sizes(
 Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def available_memory() -> int | None:
-    """Bytes that a program may still take on the default device; `None` if unknown."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        limit = stats.get("bytes_limit")
-        return None if limit is None else int(limit) - int(stats.get("bytes_in_use", 0))
-    free = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-        # A container may be allowed less than the machine has.
-        limit_text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit_text != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            free.append(int(limit_text) - used)
-    except (OSError, ValueError):
-        pass
-    return min(free, default=None)
-
-
 def _random(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -124,13 +101,6 @@ def _unit(x: Any) -> Any:
     """Root mean square 1 over the last axis, then d^(-1/4): the layer's queries and keys."""
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
     return x * scale * x.shape[-1] ** -0.25
-
-
-def _milliseconds(timings: Mapping[str, measure.Timing]) -> str:
-    return ", ".join(f"{name} {timing.median * 1e3:.3g} ms" for name, timing in timings.items())
-
-
-# --- a layer, forward and backward -------------------------------------------------------------
 
 
 def layer_problem(sizes: Sizes, length: int) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
@@ -222,7 +192,7 @@ def attention(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
     for length, target in zip(sizes.lengths, sizes.targets, strict=True):
         problem = layer_problem(sizes, length)
         plans = {name: measure.measure_memory(form, *problem) for name, form in forms.items()}
-        room = available_memory()
+        room = measure.available_memory()
         fitting = {}
         for name, form in forms.items():
             plan = plans[name]
@@ -243,7 +213,7 @@ def attention(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
             memory = "" if plan is None else f"; temporaries {plan.temp / 1e6:.0f} MB"
             if name in timings:
                 ratio = measure.speedup(timings[name], timings["block"])
-                detail = _milliseconds({each: timings[each] for each in (name, "block")}) + memory
+                detail = milliseconds({each: timings[each] for each in (name, "block")}) + memory
             else:
                 assert plan is not None
                 assert room is not None
@@ -280,7 +250,7 @@ def slope(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
         f"layer fwd+bwd, slope of log time in log T, L=S={sizes.block_length}",
         exponent,
         "",
-        _milliseconds({f"T={name}": timing for name, timing in timings.items()}),
+        milliseconds({f"T={name}": timing for name, timing in timings.items()}),
         most=1.15,
     )
     return [line], {"lengths": list(sizes.slope_lengths), "slope": exponent, **timings}
@@ -337,7 +307,7 @@ def search(sizes: Sizes) -> tuple[list[Line], dict[str, Any]]:
             f"nearest_code against matmul + argmin, {size}",
             measure.speedup(timings["unfused"], timings["nearest_code"]),
             "x",
-            _milliseconds(timings),
+            milliseconds(timings),
             least=1.0,
         ),
         Line(
@@ -543,7 +513,7 @@ def against_public(sizes: Sizes, checkout: Path | None) -> tuple[list[Line], dic
             f"public layer against ours, {part}, {size}",
             measure.speedup(race["public"], race["ours"]),
             "x",
-            _milliseconds(race),
+            milliseconds(race),
         )
         for part, race in races.items()
     ]
@@ -611,27 +581,21 @@ def kernel_work(sizes: Sizes) -> dict[str, roofline.Work]:
     }
 
 
-def roofline_rows(sizes: Sizes, measured: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Counted work of each kernel, its least time on each device, and the time measured here."""
-    rows = []
-    for name, work in kernel_work(sizes).items():
-        row: dict[str, Any] = {"kernel": name, **asdict(work), "flops": work.flops}
-        for device in roofline.DEVICES:
-            seconds, bound = roofline.least_time(work, device)
-            row[device] = {"seconds": seconds, "bound": bound}
-        row["measured"] = measured.get(name)
-        rows.append(row)
-    return rows
-
-
 # --- all of it ---------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[Sizes], tuple[list[Line], dict[str, Any]]]] = {
+PARTS: dict[str, Part] = {
     "attention": attention,
     "slope": slope,
     "decode": decode,
     "search": search,
 }
+
+
+def _rooflines(sizes: Sizes, details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    measured = {}
+    if "search" in details:
+        measured["nearest_code"] = details["search"]["timings"]["nearest_code"].median
+    return roofline_rows(kernel_work(sizes), measured)
 
 
 def bench(
@@ -659,38 +623,12 @@ def bench(
         ('vq', [])
     """
     console = console or Console()
-    environment = measure.environment()
-    lines: list[Line] = []
-    record: dict[str, Any] = {}
     runs = dict(PARTS) | {"public": partial(against_public, checkout=public)}
-    for name, part in runs.items():
-        if name not in parts:
-            continue
-        with console.status(f"bench vq: {name}"):
-            some, record[name] = part(sizes)
-        if not sizes.judged:
-            some = [replace(line, least=None, most=None) for line in some]
-        lines += some
-    rows: list[dict[str, Any]] = []
-    if "roofline" in parts:
-        measured = {}
-        if "search" in record:
-            measured["nearest_code"] = record["search"]["timings"]["nearest_code"].median
-        with console.status("bench vq: roofline"):
-            rows = roofline_rows(sizes, measured)
-    here = f"{environment['device']} ({environment['processor']}, {environment['cores']} cores)"
-    _show(console, lines, rows, here, "vq")
-    if "skipped" in record.get("public", {}):
-        console.print(f"public transformer-vq layer: skipped, {record['public']['skipped']}")
-    return {
-        "benchmark": "vq",
-        "environment": environment,
-        "dtype": "float32",
-        "sizes": asdict(sizes),
-        "lines": [{**asdict(line), "target": line.target, "met": line.met} for line in lines],
-        "roofline": rows,
-        "details": record,
-    }
+    record = run("vq", sizes, runs, chosen=parts, rooflines=_rooflines, console=console)
+    if "skipped" in record["details"].get("public", {}):
+        reason = record["details"]["public"]["skipped"]
+        console.print(f"public transformer-vq layer: skipped, {reason}")
+    return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -702,31 +640,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 when everything ran, whatever the numbers say.
     """
-    every = (*PARTS, "public", "roofline")
-    parser = argparse.ArgumentParser(
-        prog="jaxkit bench vq",
-        description="Attention over vector-quantised keys against dense attention.",
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes: no target is judged")
-    parser.add_argument(
-        "--parts", nargs="+", choices=every, default=every, help="run only these parts"
+    parser, finish = command(
+        "vq",
+        "Attention over vector-quantised keys against dense attention.",
+        (*PARTS, "public", "roofline"),
     )
     parser.add_argument(
         "--public",
         type=Path,
         help="a clone of github.com/transformer-vq/transformer_vq (branch main) to compare with",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench/vq.json"), help="where the JSON goes"
-    )
     options = parser.parse_args(argv)
-    # Wide enough for the tables where the output is a file or a pipe.
-    console = Console() if sys.stdout.isatty() else Console(width=140)
     sizes = QUICK if options.quick else FULL
-    record = bench(sizes, parts=options.parts, public=options.public, console=console)
-    path = measure.write_json(options.out, record)
-    console.print(f"Written: {path}")
-    return 0
+    return finish(options, partial(bench, sizes, public=options.public))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from jaxkit.attention.vq import VQTransformer, bits_per_byte, next_token_loss
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
 from jaxkit_experiments.plots import figure, training_curves
 from jaxkit_experiments.speed import measure
-from jaxkit_experiments.speed.vq import available_memory
 from jaxkit_experiments.training import train
 from jaxkit_experiments.vq.text import Windows, held_out, read_corpus, readable
 
@@ -284,7 +283,7 @@ def step_speed(config: LanguageModelConfig, arm: str, length: int) -> float:
     window = jnp.zeros((1, length + 1), jnp.int32)
     arguments = params, rest, window, jax.random.key(0)
     compiled = jax.jit(gradient).lower(*arguments).compile()
-    plan, room = compiled.memory_analysis(), available_memory()
+    plan, room = compiled.memory_analysis(), measure.available_memory()
     if plan is not None and room is not None and plan.temp_size_in_bytes > room:
         return math.nan
     timing = measure.compare({arm: partial(compiled, *arguments)}, repeats=3)[arm]
