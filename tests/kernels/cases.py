@@ -2,9 +2,10 @@
 
 from functools import partial
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxkit_kernels import dplr_generating_function, nearest_code, vandermonde
+from jaxkit_kernels import dplr_generating_function, nearest_code, vandermonde, vq_attention
 from jaxkit_kernels.cauchy import CauchyGpuBlocks, CauchyTpuBlocks, CauchyXlaBlocks
 from jaxkit_kernels.nearest_code import (
     NearestCode,
@@ -16,6 +17,11 @@ from jaxkit_kernels.vandermonde import (
     VandermondeGpuBlocks,
     VandermondeTpuBlocks,
     VandermondeXlaBlocks,
+)
+from jaxkit_kernels.vq_attention import (
+    VqAttentionGpuBlocks,
+    VqAttentionTpuBlocks,
+    VqAttentionXlaBlocks,
 )
 
 from tests.kernels.contract import Case, Operation
@@ -146,4 +152,87 @@ NEAREST_CODE = Operation(
     large=(65536, 8192, 64),
     dense=lambda tokens, codes, features: 4 * tokens * codes,
 )
-OPERATIONS = {operation.name: operation for operation in (NEAREST_CODE,)}
+
+
+def attention_arguments(batch, heads, groups, blocks, length, codes, dk, dv):
+    time, lags = blocks * length, length - length // 3 + 1
+    return (
+        (batch, heads, time, dk),
+        (batch, groups, time, dk),
+        (batch, groups, time, dv),
+        (groups, codes, dk),
+        (batch, groups, blocks, codes, dv),
+        (batch, groups, blocks, codes),
+        (heads, lags),
+    )
+
+
+def make_vq_attention(rng, *shape):
+    """Gaussian; counts as after so many blocks, some codes empty."""
+    short = lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    shapes = attention_arguments(*shape)
+    operands = [short(rng.standard_normal(s)) for s in shapes]
+    operands[5] = np.minimum(rng.integers(0, 3, shapes[5]), np.arange(shape[3])[:, None]) * 1.0
+    return tuple(operands)
+
+
+def vq_attention_operation(q, k, v, codebook, means, counts, bias, **options):
+    """With the block length and the window of the shapes, and counts as integers."""
+    return vq_attention(
+        *(q, k, v, codebook, means, counts.astype(jnp.int32), bias),
+        block_length=q.shape[2] // counts.shape[2],
+        window=bias.shape[1] - 1,
+        **options,
+    )
+
+
+def vq_attention_oracle(q, k, v, codebook, means, counts, bias):
+    """Query by query: the keys it sees one by one, the older ones by their codes."""
+    operands = [np.asarray(x, np.float64) for x in (q, k, v, codebook, means, counts, bias)]
+    q, k, v, codebook, means, counts, bias = operands
+    heads, time = q.shape[1:3]
+    length = time // counts.shape[2]
+    out = np.empty((*q.shape[:3], v.shape[-1]))
+    for b, h, i in np.ndindex(*q.shape[:3]):
+        g, r = h * k.shape[1] // heads, i // length
+        near = np.arange(max(r - 1, 0) * length, i + 1)
+        lag = i - near
+        some = counts[b, g, r] > 0
+        by_lag = np.where(lag < bias.shape[1], bias[h, np.minimum(lag, bias.shape[1] - 1)], 0)
+        recent = k[b, g, near] @ q[b, h, i] + by_lag
+        cached = codebook[g, some] @ q[b, h, i] + np.log(counts[b, g, r, some])
+        weights = np.exp(np.concatenate([recent, cached]))
+        values = np.concatenate([v[b, g, near], means[b, g, r, some]])
+        out[b, h, i] = weights @ values / weights.sum()
+    return out
+
+
+def attention_scores(batch, heads, groups, blocks, length, codes, dk, dv):
+    return 4 * batch * heads * blocks * length * (2 * length + codes)
+
+
+VQ_ATTENTION = Operation(
+    name="vq_attention",
+    function=vq_attention_operation,
+    arguments=attention_arguments,
+    make=make_vq_attention,
+    oracle=vq_attention_oracle,
+    shapes=(
+        (1, 1, 1, 1, 1, 1, 1, 1),
+        (1, 2, 1, 2, 2, 3, 3, 2),
+        (2, 4, 2, 3, 5, 4, 3, 5),
+        (1, 2, 1, 3, 70, 130, 5, 3),
+    ),
+    small_blocks={
+        "xla": VqAttentionXlaBlocks(blocks=1, queries=7),
+        "pallas_tpu": VqAttentionTpuBlocks(queries=128, keys=128),
+        "pallas_gpu": VqAttentionGpuBlocks(columns=128),
+    },
+    # Long blocks, so that what grows with the time alone is small beside the scores.
+    large=(1, 2, 1, 64, 2048, 2048, 64, 64),
+    dense=attention_scores,
+    differentiable=(0, 1, 2, 4, 6),
+    scale=4.0,
+    compiled=jnp.bfloat16,
+)
+OPERATIONS = {operation.name: operation for operation in (NEAREST_CODE, VQ_ATTENTION)}

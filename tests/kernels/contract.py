@@ -65,6 +65,7 @@ class Operation:
         dense: `dense(*shape)` gives the size of the intermediate that must not be there.
         differentiable: indices of the operands with gradients.
         scale: error units of the operation over those of `tol`.
+        compiled: dtype of the operands in compilations.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Operation:
     dense: Callable[..., int]
     differentiable: tuple[int, ...] = ()
     scale: float = 1.0
+    compiled: Any = jnp.float32
 
     def bind(self, implementation: str, *, small: bool = False) -> Callable[..., Any]:
         """The operation as a function of its operands, in interpret mode where that applies."""
@@ -91,7 +93,8 @@ class Operation:
     def operands(self, shape: tuple[int, ...], dtype: Any, seed: int = 0) -> Any:
         return cast(self.make(np.random.default_rng(seed), *shape), dtype)
 
-    def specs(self, shape: tuple[int, ...], dtype: Any = jnp.float32, sharding: Any = None) -> Any:
+    def specs(self, shape: tuple[int, ...], dtype: Any = None, sharding: Any = None) -> Any:
+        dtype = self.compiled if dtype is None else dtype
         return [jax.ShapeDtypeStruct(s, dtype, sharding=sharding) for s in self.arguments(*shape)]
 
     def programs(self, implementation: str) -> dict[str, Callable[..., Any]]:

@@ -352,9 +352,16 @@ def backward(
         at_bias = None if at_bias is None else _join(at_bias)
         return sums[2], _join(bar_q), sums[0], sums[1], at_bias
 
+    def settle(own_before, pairs):
+        """A key is seen from its own block and from the next, which comes later."""
+        before, own = pairs[..., :block_length, :], pairs[..., block_length:recent, :]
+        earlier = jnp.concatenate([own_before[:, :, None], own[:, :, :-1]], axis=2)
+        return own[:, :, -1], earlier + before
+
     def one(carry, step):
-        carry, bar_q, bar_keys, bar_values, at_bias = (whole if chunks.parts == 1 else in_parts)(
-            carry,
+        table, own_keys, own_values = carry
+        table, bar_q, bar_keys, bar_values, at_bias = (whole if chunks.parts == 1 else in_parts)(
+            table,
             step,
             chunks.per_query(q, step),
             chunks.keys(step),
@@ -364,10 +371,12 @@ def backward(
             chunks.per_query(delta, step),
             chunks.per_query(cotangent, step),
         )
-        return carry, {
+        own_keys, bar_k = settle(own_keys, bar_keys)
+        own_values, bar_v = settle(own_values, bar_values)
+        return (table, own_keys, own_values), {
             "q": bar_q,
-            "keys": bar_keys[..., :recent, :],
-            "values": bar_values[..., :recent, :],
+            "k": bar_k.astype(k.dtype),
+            "v": bar_v.astype(v.dtype),
             "means": bar_values[..., recent:, :].astype(means.dtype),
             "bias": at_bias,
         }
@@ -375,23 +384,23 @@ def backward(
     # A table's cotangent: by key, [share L, 2 L], or in parts by lag, [share, W + 1].
     shape = (chunks.rows, recent) if chunks.parts == 1 else (chunks.share, window + 1)
     start = jnp.zeros((chunks.batch, chunks.groups, *shape), dtype) if chunks.table else None
-    carry, parts = jax.lax.scan(one, start, jnp.arange(chunks.steps))
+    lead = (chunks.batch, chunks.groups, block_length)
+    nothing = jnp.zeros((*lead, k.shape[-1]), dtype), jnp.zeros((*lead, v.shape[-1]), dtype)
+    (table, *last), parts = jax.lax.scan(one, (start, *nothing), jnp.arange(chunks.steps))
 
     def per_block(x: jax.Array) -> jax.Array:
         """[steps, batch, groups, chunk, ...] -> [batch, groups, blocks, ...]."""
         x = jnp.moveaxis(x, 0, 2)
         return x.reshape(*x.shape[:2], chunks.blocks, *x.shape[4:])
 
-    def unpair(x: jax.Array, like: jax.Array) -> jax.Array:
-        """A key is seen from its own block and from the next."""
-        x = per_block(x)
-        own, before = x[:, :, :, block_length:], x[:, :, 1:, :block_length]
-        before = jnp.pad(before, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-        return (own + before).reshape(like.shape).astype(like.dtype)
+    def per_key(x: jax.Array, last: jax.Array) -> jax.Array:
+        """Blocks -1 to R - 2, and the last block, as [batch, groups, time, ...]."""
+        x = jnp.concatenate([per_block(x)[:, :, 1:], last[:, :, None].astype(x.dtype)], axis=2)
+        return x.reshape(*x.shape[:2], chunks.time, x.shape[-1])
 
     bar_bias = None
-    if bias is not None and carry is not None:
-        total = jnp.sum(carry, axis=0)
+    if bias is not None and table is not None:
+        total = jnp.sum(table, axis=0)
         if chunks.parts == 1:
             by_key = total.reshape(chunks.heads, block_length, recent)
             total = jnp.sum(skew.to_lags(by_key, window), axis=1)
@@ -400,8 +409,8 @@ def backward(
         bar_bias = chunks.per_time(parts["bias"])
     return (
         chunks.per_time(parts["q"]),
-        unpair(parts["keys"], k),
-        unpair(parts["values"], v),
+        per_key(parts["k"], last[0]),
+        per_key(parts["v"], last[1]),
         per_block(parts["means"]),
         bar_bias,
     )
