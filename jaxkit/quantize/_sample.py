@@ -38,6 +38,8 @@ def sample_rows(
     """
     dim = check_vectors(z)
     usable, rows = usable_rows(z, mask), z.reshape(-1, dim)
+    if not rows.shape[0]:  # one row that does not count, since an empty array has none to take
+        usable, rows = jnp.zeros(1, bool), jnp.zeros((1, dim), z.dtype)
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
     # Above 0 for rows that count, -1 for the others: these come last.

@@ -7,6 +7,7 @@ that a mask excludes, and vectors that are not finite, which thus never become c
 import jax
 import jax.numpy as jnp
 import jaxkit_kernels
+from jax import lax
 
 from jaxkit._checks import check_choice, check_real
 from jaxkit._typing import Array, Bool, Float, Int, Key
@@ -50,9 +51,16 @@ def normalize(x: Float[Array, "*batch dim"], *, eps: float = 1e-6) -> Float[Arra
     check_vectors(x, name="x")
     check_real("eps", eps, least=0)
     work = x.astype(wide_dtype(x))
+    # Of order 1 before squaring, or large vectors would overflow and lose their direction. The
+    # result does not depend on the scale, so that neither does its derivative.
+    largest = lax.stop_gradient(jnp.max(jnp.abs(work), axis=-1, keepdims=True))
+    # Within what has a reciprocal that is not flushed to zero.
+    limits = jnp.finfo(work.dtype)
+    scale = jnp.clip(largest, float(limits.tiny) ** 0.75, float(limits.max) ** 0.75)
+    work = work / scale
     # The two `where`s keep the square root away from 0, where its derivative is infinite.
     squares = jnp.sum(work**2, axis=-1, keepdims=True)
-    usable = ~(squares <= eps**2)
+    usable = ~(scale * jnp.sqrt(lax.stop_gradient(squares)) <= eps)
     norm = jnp.sqrt(jnp.where(usable, squares, 1))
     return jnp.where(usable, work / norm, 0).astype(x.dtype)
 

@@ -216,3 +216,15 @@ def test_errors_name_the_argument():
     ]:
         with pytest.raises(TypeError, match=words):
             call()
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("size", [1e-20, 1e20, 3e38])
+def test_direction_survives_where_squares_leave_the_range(size):
+    z = size * jnp.eye(3, dtype=jnp.float32)
+    np.testing.assert_allclose(normalize(z, eps=0.0), np.eye(3), rtol=1e-6)
+    if size > 1:
+        index = nearest_code(z, jnp.eye(3, dtype=jnp.float32), metric="cosine")
+        np.testing.assert_array_equal(index, [0, 1, 2])
+        gradient = jax.grad(lambda z: jnp.sum(normalize(z)[:, 1]))(z)
+        np.testing.assert_allclose(gradient * size, [[0, 1, 0], [0, 0, 0], [0, 1, 0]], rtol=1e-6)

@@ -382,3 +382,17 @@ def test_errors_name_the_argument():
     with pytest.raises(TypeError, match="mask must be a boolean"):
         run(mask=jnp.ones(4))
     assert isinstance(state.ema, EMAState)
+
+
+def test_an_empty_batch_revives_nothing():
+    state = vq_init(random(4, 3))
+    out = vector_quantize(
+        state,
+        jnp.zeros((0, 3)),
+        update=True,
+        key=jax.random.key(0),
+        revival_threshold=2.0,
+        decay=0.5,
+    )
+    assert out.z_q.shape == (0, 3)
+    np.testing.assert_allclose(out.state.codebook, state.codebook, rtol=1e-5)
