@@ -226,5 +226,6 @@ def test_direction_survives_where_squares_leave_the_range(size):
     if size > 1:
         index = nearest_code(z, jnp.eye(3, dtype=jnp.float32), metric="cosine")
         np.testing.assert_array_equal(index, [0, 1, 2])
+    if size == 1e20:  # 1 / 3e38 is no normal number
         gradient = jax.grad(lambda z: jnp.sum(normalize(z)[:, 1]))(z)
         np.testing.assert_allclose(gradient * size, [[0, 1, 0], [0, 0, 0], [0, 1, 0]], rtol=1e-6)
