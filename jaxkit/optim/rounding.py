@@ -1,0 +1,68 @@
+"""Stochastic rounding: low-precision weights that small steps still move, on average."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkit._checks import check_floating
+from jaxkit._typing import Array, DType, Float, Key
+
+__all__ = ["stochastic_round"]
+
+_BITS: dict[str, Any] = {"float16": jnp.int16, "bfloat16": jnp.int16, "float32": jnp.int32}
+
+
+def stochastic_round(
+    x: Float[Array, "*shape"], dtype: DType, *, key: Key
+) -> Float[Array, "*shape"]:
+    r"""Round to one of the two neighbours in `dtype`, at random, so that the mean is exact.
+
+    With neighbours `a <= x <= b`: `b` with probability `(x - a) / (b - a)`, else `a`. A number that
+    `dtype` holds exactly stays as it is, NaN and infinities too; beyond the largest finite number
+    the rounding is the usual one. Subnormal results are rounded to the spacing of subnormals.
+
+    Args:
+      x: Numbers of any shape, in a floating-point type wider than `dtype`.
+      dtype: `float16`, `bfloat16` or `float32`.
+      key: Random key.
+
+    Returns:
+      The rounded numbers in `dtype`.
+
+    Raises:
+      TypeError: `x` is not real floating point.
+      ValueError: `dtype` is none of the three.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.full(10_000, 1.001)  # between 1 and 1.0078 in bfloat16
+      >>> rounded = stochastic_round(x, jnp.bfloat16, key=jax.random.key(0))
+      >>> bool(abs(rounded.astype(jnp.float32).mean() - 1.001) < 2e-4)
+      True
+
+    Source: Gupta et al. 2015 (arXiv 1502.02551).
+    """
+    check_floating("x", x)
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in _BITS:
+        raise ValueError(f"dtype must be one of {', '.join(_BITS)}; got {dtype.name}.")
+    if jnp.promote_types(x.dtype, dtype) == dtype:
+        return x.astype(dtype)
+    near = x.astype(dtype)
+    back = near.astype(x.dtype)
+    # The neighbour on the other side of x. Ordered as integers, floats of one sign are
+    # consecutive: one up is one away from zero. Zero's neighbours are the smallest subnormals.
+    integer = _BITS[dtype.name]
+    bits = jax.lax.bitcast_convert_type(near, integer)
+    outward = jnp.abs(back) < jnp.abs(x)
+    step = jnp.where(outward, 1, -1).astype(integer)
+    smallest = jnp.asarray(1, integer)
+    sign = jnp.where(x < 0, jnp.iinfo(integer).min, 0).astype(integer)
+    bits = jnp.where(back == 0, sign | smallest, bits + step)
+    other = jax.lax.bitcast_convert_type(bits, dtype).astype(x.dtype)
+    gap = jnp.abs(other - back)
+    share = jnp.abs(x - back) / jnp.where(gap == 0, 1, gap)
+    uniform = jax.random.uniform(key, x.shape, x.dtype)
+    moves = (uniform < share) & jnp.isfinite(back) & jnp.isfinite(other) & (back != x)
+    return jnp.where(moves, other, back).astype(dtype)
