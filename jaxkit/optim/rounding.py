@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxkit._checks import check_floating
 from jaxkit._typing import Array, DType, Float, Key
+from jaxkit.optim._leaves import wide
 
 __all__ = ["stochastic_round"]
 
@@ -23,7 +24,7 @@ def stochastic_round(
     the rounding is the usual one. Subnormal results are rounded to the spacing of subnormals.
 
     Args:
-      x: Numbers of any shape, in a floating-point type wider than `dtype`.
+      x: Numbers of any shape. What `dtype` holds exactly is only cast.
       dtype: `float16`, `bfloat16` or `float32`.
       key: Random key.
 
@@ -47,8 +48,9 @@ def stochastic_round(
     dtype = jnp.dtype(dtype)
     if dtype.name not in _BITS:
         raise ValueError(f"dtype must be one of {', '.join(_BITS)}; got {dtype.name}.")
-    if jnp.promote_types(x.dtype, dtype) == dtype:
-        return x.astype(dtype)
+    x = x.astype(wide(x.dtype))
+    if x.dtype == dtype:
+        return x
     near = x.astype(dtype)
     back = near.astype(x.dtype)
     # The neighbour on the other side of x. Ordered as integers, floats of one sign are
