@@ -9,15 +9,8 @@ from jaxkit.optim.lazy import (
     tied_logits,
 )
 from jaxkit.optim.rounding import stochastic_round
-from jaxkit.optim.tiger import (
-    TigerState,
-    is_update_step,
-    keras_labels,
-    piecewise_linear,
-    scale_by_tiger,
-    tiger,
-    tiger_keras,
-)
+from jaxkit.optim.tiger import TigerState, is_update_step, scale_by_tiger, tiger
+from jaxkit.optim.tiger_keras import keras_labels, piecewise_linear, tiger_keras
 
 __all__ = [
     "CONTRACT",

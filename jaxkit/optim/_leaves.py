@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxkit._checks import check_choice
+from jaxkit._checks import check_choice, is_traced
 
 __all__ = [
     "CLASSES",
     "LabelFn",
+    "check_count",
     "class_of",
     "flatten",
     "path_name",
@@ -56,6 +58,14 @@ def class_of(path: tuple[Any, ...], leaf: Any, label_fn: LabelFn | None = None) 
 def wide(*dtypes: Any) -> Any:
     """The widest of some floating-point types, float32 at least."""
     return max((jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes)), key=lambda d: jnp.finfo(d).bits)
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """`ValueError` unless `value` is an integer of at least `least`; it may be traced."""
+    number = isinstance(value, (int, np.number, np.ndarray, jax.Array))
+    whole = number and jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    if not whole or (not is_traced(value) and int(value) < least):
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
 
 
 def flatten(params: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:

@@ -1,36 +1,20 @@
 """Tiger: sign of a momentum, rates relative to each parameter, accumulation without a buffer."""
 
-import re
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxkit._checks import check_choice, check_real, is_traced
-from jaxkit._typing import Array, DType, Float, Int, Key
-from jaxkit.optim._leaves import (
-    LabelFn,
-    class_of,
-    flatten,
-    path_name,
-    row_masks,
-    rows_like,
-    wide,
-)
+from jaxkit._typing import Array, DType, Int, Key
+from jaxkit.optim._leaves import LabelFn, check_count, class_of, flatten, row_masks, rows_like, wide
 from jaxkit.optim.rounding import stochastic_round
 
-__all__ = [
-    "TigerState",
-    "is_update_step",
-    "keras_labels",
-    "piecewise_linear",
-    "scale_by_tiger",
-    "tiger",
-    "tiger_keras",
-]
+__all__ = ["TigerState", "is_update_step", "scale_by_tiger", "tiger"]
 
 Rate: TypeAlias = float | Array | Callable[[Any], Any]
 
@@ -140,23 +124,21 @@ def tiger(
     """
     if not callable(learning_rate):
         check_real("learning_rate", learning_rate, least=0)
-    return _transform(
-        learning_rate,
-        _Options(
-            beta,
-            weight_decay,
-            accumulation_steps,
-            shrink,
-            rms_floor,
-            rate,
-            power,
-            lazy,
-            label_fn,
-            scope,
-            mu_dtype,
-            rounding_key,
-        ),
-    )
+    return _Tiger(
+        learning_rate=learning_rate,
+        beta=beta,
+        weight_decay=weight_decay,
+        accumulation_steps=accumulation_steps,
+        shrink=shrink,
+        rms_floor=rms_floor,
+        rate=rate,
+        power=power,
+        lazy=lazy,
+        label_fn=label_fn,
+        scope=scope,
+        mu_dtype=mu_dtype,
+        rounding_key=rounding_key,
+    ).transformation()
 
 
 def scale_by_tiger(
@@ -202,68 +184,20 @@ def scale_by_tiger(
 
     Source: posts 9512, 8634, 9736.
     """
-    options = _Options(
-        beta,
-        weight_decay,
-        accumulation_steps,
-        1.0,
-        rms_floor,
-        rate,
-        power,
-        lazy,
-        label_fn,
-        scope,
-        mu_dtype,
-        None,
-    )
-    return _transform(-1.0, options)
-
-
-def tiger_keras(
-    learning_rate: float = 1e-3,
-    beta: float = 0.965,
-    weight_decay: float = 0.01,
-    grad_accum_steps: int = 1,
-    lr_schedule: Mapping[int, float] | None = None,
-    shrink_ratio: float = 0.99,
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of the reference code, step by step, under its own argument names.
-
-    It differs from `tiger`: classes come from names alone (`keras_labels`), a matrix of zeros
-    never moves, the rate follows `piecewise_linear`, and only NaN counts as a bad gradient. An Inf
-    makes the momentum infinite, which a later Inf of the other sign turns into NaN.
-
-    Args:
-      learning_rate: Peak of the relative rate.
-      beta: Decay of the momentum.
-      weight_decay: λ.
-      grad_accum_steps: Micro-steps to an update.
-      lr_schedule: Knots of the factor on the rate, `{0: 1}` by default.
-      shrink_ratio: Factor on a parameter whose gradient has NaN.
-
-    Returns:
-      An optax transformation.
-
-    Raises:
-      ValueError: As for `tiger`.
-
-    Example:
-      >>> optimizer = tiger_keras(1.76e-3, grad_accum_steps=4, lr_schedule={40000: 1, 160000: 0.5})
-
-    Source: post 9512; reference code bojone/tiger.
-    """
-    factor = piecewise_linear({0: 1.0} if lr_schedule is None else lr_schedule)
-    options = _Options(
-        beta,
-        weight_decay,
-        grad_accum_steps,
-        shrink_ratio,
-        rms_floor=0.0,
-        label_fn=keras_labels,
-        is_bad=jnp.isnan,
-    )
-    check_real("learning_rate", learning_rate, least=0)
-    return _transform(lambda count: learning_rate * factor(count), options)
+    return _Tiger(
+        learning_rate=-1.0,
+        beta=beta,
+        weight_decay=weight_decay,
+        accumulation_steps=accumulation_steps,
+        shrink=1.0,
+        rms_floor=rms_floor,
+        rate=rate,
+        power=power,
+        lazy=lazy,
+        label_fn=label_fn,
+        scope=scope,
+        mu_dtype=mu_dtype,
+    ).transformation()
 
 
 def is_update_step(state: TigerState) -> Array:
@@ -296,80 +230,16 @@ def is_update_step(state: TigerState) -> Array:
     return state.updated
 
 
-def piecewise_linear(knots: Mapping[int, float], *, peak: float = 1.0) -> optax.Schedule:
-    """Schedule through the given knots: linear between them, constant after the last.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tiger:
+    """The optimizer itself; the options are those of `tiger`."""
 
-    From 0 at step 0 unless there is a knot there, so that the first update may be zero.
-
-    Args:
-      knots: Factor by 0-based micro-step; `{1000: 1, 2000: 0.1}` warms up for 1000 micro-steps and
-        falls to a tenth in the next 1000.
-      peak: Factor on all of them.
-
-    Returns:
-      A function of the step, in float32.
-
-    Raises:
-      ValueError: No knots, or a step that is no integer from 0.
-
-    Example:
-      >>> schedule = piecewise_linear({1000: 1, 2000: 0.1}, peak=2e-3)
-      >>> print(schedule(0), schedule(500), schedule(1000), schedule(5000))
-      0.0 0.001 0.002 0.0002
-
-    Source: reference code of post 9512.
-    """
-    if not knots:
-        raise ValueError(f"knots must have at least one step; got {knots!r}.")
-    for step in knots:
-        _check_count("a step of knots", step, least=0)
-    points = sorted((int(step), float(value) * peak) for step, value in knots.items())
-    if points[0][0] != 0:
-        points.insert(0, (0, 0.0))
-    steps, values = np.asarray(points, np.float32).T
-
-    def schedule(count: Any) -> Array:
-        return jnp.interp(jnp.asarray(count, jnp.float32), steps, values)
-
-    return schedule
-
-
-def keras_labels(path: tuple[Any, ...], leaf: Any) -> str:
-    """The class of a parameter as the reference code has it: by names, whatever the axes.
-
-    `bias`, `beta` or `gamma` anywhere in the path, then `embeddings`; everything else is a matrix,
-    a vector by another name included. Flax's `scale` and `embedding` count as `gamma` and
-    `embeddings`.
-
-    Args:
-      path: Key path of the leaf.
-      leaf: The parameter; not looked at.
-
-    Returns:
-      One of "vector", "gamma", "embedding", "matrix".
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> print(jax.tree_util.tree_map_with_path(keras_labels, {"gain": jnp.ones(3)}))
-      {'gain': 'matrix'}
-
-    Source: reference code of post 9512.
-    """
-    del leaf
-    name = path_name(path)
-    if "gamma" in name or name.rsplit("/", 1)[-1] == "scale":
-        return "gamma"
-    if re.search("bias|beta", name):
-        return "vector"
-    return "embedding" if "embedding" in name else "matrix"
-
-
-class _Options(NamedTuple):
+    learning_rate: Rate
     beta: Any
     weight_decay: Any
     accumulation_steps: Any
     shrink: Any
-    rms_floor: Any = 1e-3
+    rms_floor: Any
     rate: str = "rms"
     power: Any = 1.0
     lazy: str | None = None
@@ -377,64 +247,43 @@ class _Options(NamedTuple):
     scope: str = "leaf"
     mu_dtype: DType | None = None
     rounding_key: Key | None = None
-    is_bad: Callable[[Any], Any] = lambda g: ~jnp.isfinite(g)
+    is_bad: Callable[[Array], Array] = lambda g: ~jnp.isfinite(g)
 
+    def __post_init__(self) -> None:
+        check_real("beta", self.beta, least=0)
+        if not is_traced(self.beta) and float(self.beta) >= 1:
+            raise ValueError(f"beta must be at least 0 and less than 1; got {self.beta!r}.")
+        check_real("weight_decay", self.weight_decay, least=0)
+        check_count("accumulation_steps", self.accumulation_steps)
+        check_real("shrink", self.shrink, above=0, most=1)
+        check_real("rms_floor", self.rms_floor, least=0)
+        check_choice("rate", self.rate, ("rms", "fixed"))
+        if not callable(self.power):
+            check_real("power", self.power, least=0, most=1)
+        if self.lazy is not None:
+            check_choice("lazy", self.lazy, ("param", "full"))
+        check_choice("scope", self.scope, ("leaf", "global"))
+        if self.mu_dtype is not None and not jnp.issubdtype(self.mu_dtype, jnp.floating):
+            raise ValueError(f"mu_dtype must be a floating-point type; got {self.mu_dtype!r}.")
 
-def _check_count(name: str, value: Any, *, least: int) -> None:
-    integral = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if getattr(value, "ndim", None) == 0:
-        integral = jnp.issubdtype(value.dtype, jnp.integer)
-    if not integral or (not is_traced(value) and int(value) < least):
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
 
-
-def _check(options: _Options) -> None:
-    beta = options.beta
-    check_real("beta", beta, least=0)
-    if not is_traced(beta) and float(beta) >= 1:
-        raise ValueError(f"beta must be at least 0 and less than 1; got {beta!r}.")
-    check_real("weight_decay", options.weight_decay, least=0)
-    _check_count("accumulation_steps", options.accumulation_steps, least=1)
-    check_real("shrink", options.shrink, above=0, most=1)
-    check_real("rms_floor", options.rms_floor, least=0)
-    check_choice("rate", options.rate, ("rms", "fixed"))
-    if not callable(options.power):
-        check_real("power", options.power, least=0, most=1)
-    if options.lazy is not None:
-        check_choice("lazy", options.lazy, ("param", "full"))
-    check_choice("scope", options.scope, ("leaf", "global"))
-
-
-def _transform(learning_rate: Rate, options: _Options) -> optax.GradientTransformationExtraArgs:
-    _check(options)
-    accumulates = not (
-        isinstance(options.accumulation_steps, int) and options.accumulation_steps == 1
-    )
-
-    def labels(paths: list[Any], leaves: list[Any]) -> list[str]:
-        return [
-            class_of(path, leaf, options.label_fn) for path, leaf in zip(paths, leaves, strict=True)
-        ]
-
-    def is_lazy(label: str, leaf: Any) -> bool:
-        return options.lazy is not None and label == "embedding" and leaf.ndim > 0
-
-    def init(params: Any) -> TigerState:
+    def init(self, params: Any) -> TigerState:
         paths, leaves, treedef = flatten(params)
-        touched = None
-        if options.lazy is not None:
-            touched = treedef.unflatten(
-                rows_like(leaf) if is_lazy(label, leaf) else optax.MaskedNode()
-                for label, leaf in zip(labels(paths, leaves), leaves, strict=True)
-            )
+        touched = [
+            rows_like(leaf) if self._is_lazy(path, leaf) else optax.MaskedNode()
+            for path, leaf in zip(paths, leaves, strict=True)
+        ]
         return TigerState(
             count=jnp.zeros([], jnp.int32),
             updated=jnp.zeros([], bool),
-            mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_mu_dtype(p, options)), params),
-            touched=touched,
+            mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self._mu_dtype(p)), params),
+            touched=None if self.lazy is None else treedef.unflatten(touched),
         )
 
     def update(
+        self,
         grads: Any,
         state: TigerState,
         params: Any = None,
@@ -447,126 +296,96 @@ def _transform(learning_rate: Rate, options: _Options) -> optax.GradientTransfor
             raise ValueError("params must be given to the update of tiger: its steps depend on it.")
         paths, thetas, treedef = flatten(params)
         gs = treedef.flatten_up_to(grads)
-        mus = treedef.flatten_up_to(state.mu)
-        classes = labels(paths, thetas)
-        lazy = [is_lazy(label, theta) for label, theta in zip(classes, thetas, strict=True)]
+        lazy = [self._is_lazy(path, theta) for path, theta in zip(paths, thetas, strict=True)]
         rows = row_masks(paths, gs, lazy, touched_rows if any(lazy) else None, params)
-        seen = [None] * len(thetas) if not any(lazy) else treedef.flatten_up_to(state.touched)
-
-        count = state.count
-        k = jnp.asarray(options.accumulation_steps, count.dtype)
-        begins = count % k == 0 if accumulates else True
-        ends = (count + 1) % k == 0 if accumulates else True
-        alpha = learning_rate(count) if callable(learning_rate) else learning_rate
-        power = options.power(count) if callable(options.power) else options.power
-        bad = [jnp.any(options.is_bad(g)) for g in gs]
-        if options.scope == "global" and bad:
+        seen = rows if self.lazy is None else treedef.flatten_up_to(state.touched)
+        bad = [jnp.any(self.is_bad(g)) for g in gs]
+        if self.scope == "global" and bad:
             bad = [jnp.any(jnp.stack(bad))] * len(bad)
 
-        step = _Step(options, begins, ends, alpha, power)
-        results = [
-            step.leaf(*leaf, number, count)
-            for number, leaf in enumerate(
-                zip(classes, thetas, gs, mus, bad, rows, seen, strict=True)
-            )
-        ]
-        updates, new_mus, new_seen = zip(*results, strict=True) if results else ((), (), ())
-        ended = jnp.asarray(ends)
-        return treedef.unflatten(updates), TigerState(
-            count=optax.safe_increment(count),
-            updated=ended | jnp.any(jnp.stack(bad)) if bad else ended,
-            mu=treedef.unflatten(new_mus),
-            touched=None if state.touched is None else treedef.unflatten(new_seen),
+        leaves = zip(
+            paths, thetas, gs, treedef.flatten_up_to(state.mu), bad, rows, seen, strict=True
+        )
+        steps = [self._step(state.count, number, *leaf) for number, leaf in enumerate(leaves)]
+        _, last = self._window(state.count)
+        return treedef.unflatten([change for change, _, _ in steps]), TigerState(
+            count=optax.safe_increment(state.count),
+            updated=functools.reduce(jnp.logical_or, bad, last),
+            mu=treedef.unflatten([mu for _, mu, _ in steps]),
+            touched=None if self.lazy is None else treedef.unflatten([s for _, _, s in steps]),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _mu_dtype(leaf: Any, options: _Options) -> Any:
-    if options.mu_dtype is not None:
-        return jax.dtypes.canonicalize_dtype(options.mu_dtype)
-    return wide(leaf.dtype)
-
-
-class _Step(NamedTuple):
-    """One micro-step of one leaf."""
-
-    options: _Options
-    begins: Any
-    ends: Any
-    alpha: Any
-    power: Any
-
-    def leaf(
+    def _step(
         self,
-        label: str,
-        theta: Float[Array, "*shape"],
-        g: Float[Array, "*shape"],
-        mu: Float[Array, "*shape"],
+        count: Array,
+        number: int,
+        path: tuple[Any, ...],
+        theta: Array,
+        g: Array,
+        mu: Array,
         bad: Array,
         rows: Array | None,
         seen: Any,
-        number: int,
-        count: Array,
     ) -> tuple[Array, Array, Any]:
-        """The update, the new momentum, and the rows touched so far in the window."""
-        opts = self.options
+        """One micro-step of one leaf: its update, momentum, and the rows seen in the window."""
         # β in bfloat16 is another number, and squares overflow in float16: float32 at least.
         dtype = wide(theta.dtype, mu.dtype)
-        number_of = lambda value: jnp.asarray(value, dtype)
-        x, m, grad = theta.astype(dtype), mu.astype(dtype), g.astype(dtype)
-        beta = number_of(opts.beta)
-        fresh = number_of(1 - opts.beta) / number_of(opts.accumulation_steps)
+        to = lambda value: jnp.asarray(value, dtype)
+        at = lambda value: to(value(count) if callable(value) else value)
+        label = class_of(path, theta, self.label_fn)
+        x, m = theta.astype(dtype), mu.astype(dtype)
 
+        begins, last = self._window(count)
+        stays, moves = bad, last
         if rows is not None:
             rows = rows & ~bad
-        if rows is not None and opts.lazy == "full":
-            first = rows & ~seen
-            new_m = jnp.where(rows, jnp.where(first, beta, number_of(1)) * m + fresh * grad, m)
-        else:
-            decay = beta if self.begins is True else jnp.where(self.begins, beta, number_of(1))
-            new_m = decay * m + fresh * grad
-        new_m = jnp.where(bad, m, new_m)
+            moves = last & (rows | seen)
+            if self.lazy == "full":
+                begins, stays = rows & ~seen, ~rows
+            seen = (rows | seen) & ~last
 
-        direction = self._direction(new_m, dtype)
-        if opts.rate == "fixed" or label in ("matrix", "embedding"):
-            direction = direction + number_of(opts.weight_decay) * x
-        change = -(self._eta(label, x, dtype) * direction)
-        if rows is not None:
-            rows = rows | seen
-            change = jnp.where(rows, change, number_of(0))
-            seen = rows & ~jnp.asarray(self.ends)
-        if self.ends is not True:
-            change = jnp.where(self.ends, change, number_of(0))
-        centre = 1.0 if label == "gamma" else 0.0
-        shrunk = (number_of(opts.shrink) - number_of(1)) * (x - number_of(centre))
-        change = jnp.where(bad, shrunk, change)
-        return self._rounded(theta, x, change, number, count), new_m.astype(mu.dtype), seen
+        fresh = to(1 - self.beta) / to(self.accumulation_steps)
+        m = jnp.where(stays, m, jnp.where(begins, to(self.beta), to(1)) * m + fresh * to(g))
+        direction = jnp.sign(m)
+        if callable(self.power) or is_traced(self.power) or self.power != 1:
+            direction = direction * jnp.abs(m) ** (to(1) - at(self.power))
+        if self.rate == "fixed" or label in ("embedding", "matrix"):
+            direction = direction + to(self.weight_decay) * x
+        change = jnp.where(
+            moves, -at(self.learning_rate) * self._scale(label, x) * direction, to(0)
+        )
+        centre = to(1 if label == "gamma" else 0)
+        change = jnp.where(bad, (to(self.shrink) - to(1)) * (x - centre), change)
 
-    def _direction(self, m: Array, dtype: Any) -> Array:
-        if isinstance(self.power, (int, float)) and self.power == 1:
-            return jnp.sign(m)
-        exponent = jnp.asarray(1 - self.power, dtype)
-        return jnp.sign(m) * jnp.abs(m) ** exponent
+        if self.rounding_key is not None and dtype != theta.dtype:
+            key = jax.random.fold_in(jax.random.fold_in(self.rounding_key, count), number)
+            change = stochastic_round(x + change, theta.dtype, key=key).astype(dtype) - x
+        return change.astype(theta.dtype), m.astype(mu.dtype), seen
 
-    def _eta(self, label: str, x: Array, dtype: Any) -> Array:
-        alpha = jnp.asarray(self.alpha, dtype)
-        if self.options.rate == "fixed":
-            return alpha
+    def _window(self, count: Array) -> tuple[Array, Array]:
+        """Whether this micro-step is the first and the last of its window."""
+        k = jnp.asarray(self.accumulation_steps, count.dtype)
+        return count % k == 0, (count + 1) % k == 0
+
+    def _scale(self, label: str, x: Array) -> Array:
+        """η / α for a leaf of this class."""
+        if self.rate == "fixed":
+            return jnp.ones([], x.dtype)
         if label in ("vector", "gamma"):
-            return alpha * jnp.asarray(0.5, dtype)
-        if x.size == 0:
-            return alpha
-        if label == "embedding" and x.ndim:
-            mean = jnp.mean(x * x, axis=-1, keepdims=True)
-        else:
-            mean = jnp.mean(x * x)
-        return alpha * jnp.maximum(jnp.sqrt(mean), jnp.asarray(self.options.rms_floor, dtype))
+            return jnp.full([], 0.5, x.dtype)
+        by_row = label == "embedding" and x.ndim > 0
+        axes, n = (-1, x.shape[-1]) if by_row else (None, x.size)
+        mean = jnp.sum(x * x, axis=axes, keepdims=by_row) / jnp.asarray(max(n, 1), x.dtype)
+        return jnp.maximum(jnp.sqrt(mean), jnp.asarray(self.rms_floor, x.dtype))
 
-    def _rounded(self, theta: Array, x: Array, change: Array, number: int, count: Array) -> Array:
-        key = self.options.rounding_key
-        if key is None or x.dtype == theta.dtype:
-            return change.astype(theta.dtype)
-        key = jax.random.fold_in(jax.random.fold_in(key, count), number)
-        target = stochastic_round(x + change, theta.dtype, key=key)
-        return (target.astype(x.dtype) - x).astype(theta.dtype)
+    def _is_lazy(self, path: tuple[Any, ...], leaf: Any) -> bool:
+        if self.lazy is None or leaf.ndim == 0:
+            return False
+        return class_of(path, leaf, self.label_fn) == "embedding"
+
+    def _mu_dtype(self, leaf: Any) -> Any:
+        return (
+            wide(leaf.dtype)
+            if self.mu_dtype is None
+            else jax.dtypes.canonicalize_dtype(self.mu_dtype)
+        )
