@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxkit._checks import check_choice, is_traced
+from jaxkit._checks import check_choice, check_real, is_traced
 
 __all__ = [
     "CLASSES",
     "LabelFn",
     "check_count",
+    "check_decay",
     "class_of",
     "flatten",
     "path_name",
@@ -66,6 +67,13 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
     whole = number and jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.integer)
     if not whole or (not is_traced(value) and int(value) < least):
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """`ValueError` unless `value` is in [0, 1); it may be traced."""
+    check_real(name, value, least=0)
+    if not is_traced(value) and float(value) >= 1:
+        raise ValueError(f"{name} must be at least 0 and less than 1; got {value!r}.")
 
 
 def flatten(params: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:

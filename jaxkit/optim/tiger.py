@@ -11,7 +11,16 @@ import optax
 
 from jaxkit._checks import check_choice, check_real, is_traced
 from jaxkit._typing import Array, DType, Int, Key
-from jaxkit.optim._leaves import LabelFn, check_count, class_of, flatten, row_masks, rows_like, wide
+from jaxkit.optim._leaves import (
+    LabelFn,
+    check_count,
+    check_decay,
+    class_of,
+    flatten,
+    row_masks,
+    rows_like,
+    wide,
+)
 from jaxkit.optim.rounding import stochastic_round
 
 __all__ = ["TigerState", "is_update_step", "scale_by_tiger", "tiger"]
@@ -250,9 +259,7 @@ class _Tiger:
     is_bad: Callable[[Array], Array] = lambda g: ~jnp.isfinite(g)
 
     def __post_init__(self) -> None:
-        check_real("beta", self.beta, least=0)
-        if not is_traced(self.beta) and float(self.beta) >= 1:
-            raise ValueError(f"beta must be at least 0 and less than 1; got {self.beta!r}.")
+        check_decay("beta", self.beta)
         check_real("weight_decay", self.weight_decay, least=0)
         check_count("accumulation_steps", self.accumulation_steps)
         check_real("shrink", self.shrink, above=0, most=1)
@@ -384,8 +391,5 @@ class _Tiger:
         return class_of(path, leaf, self.label_fn) == "embedding"
 
     def _mu_dtype(self, leaf: Any) -> Any:
-        return (
-            wide(leaf.dtype)
-            if self.mu_dtype is None
-            else jax.dtypes.canonicalize_dtype(self.mu_dtype)
-        )
+        dtype = wide(leaf.dtype) if self.mu_dtype is None else self.mu_dtype
+        return jax.dtypes.canonicalize_dtype(dtype)
