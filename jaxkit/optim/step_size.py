@@ -384,7 +384,9 @@ class _Rule:
                 signals = flat(average)
                 if self.raw:
                     steps = jnp.maximum(state.count, 1)
-                    signals = [a / (1 - _as(self.beta, a) ** steps) for a in signals]
+                    signals = [
+                        a / (1 - _as(self.beta, a) ** steps.astype(a.dtype)) for a in signals
+                    ]
             elif self.raw:
                 signals = flat(jax.tree.map(lambda v, p: v * jnp.exp(-p), past, log_gain))
             else:
