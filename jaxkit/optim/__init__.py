@@ -1,5 +1,6 @@
 """Optimizers that plug into optax, and the contract that they all pass."""
 
+from jaxkit.optim import multitask
 from jaxkit.optim.accumulation import (
     AccumulationState,
     accumulated_adam,
@@ -43,6 +44,7 @@ __all__ = [
     "keras_labels",
     "lazy_rows",
     "micro_step_beta",
+    "multitask",
     "piecewise_linear",
     "scale_by_accumulated_adam",
     "scale_by_accumulated_momentum",
