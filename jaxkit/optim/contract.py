@@ -32,23 +32,33 @@ class _Case:
     extra_args: Mapping[str, Any]
     stays_finite: bool
 
-    def optimizer(self, learning_rate: Any = RATE) -> Any:
+    def transform(self, learning_rate: Any = RATE) -> Any:
+        """The optimizer as it is, with this case's extra arguments given to every update."""
         return self.extended(self.make(learning_rate))
 
     @functools.cached_property
-    def usual(self) -> Any:
-        """The optimizer at the usual rate with its update compiled, shared by the rules."""
-        optimizer = self.optimizer()
-        return optax.GradientTransformationExtraArgs(optimizer.init, jax.jit(optimizer.update))
+    def optimizer(self) -> Any:
+        """The optimizer at the usual rate, its update compiled; shared by the rules."""
+        return _compiled(self.transform())
 
     def extended(self, transform: Any) -> Any:
-        """The transformation with this case's extra arguments given to every update."""
         wide = optax.with_extra_args_support(transform)
 
         def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             return wide.update(grads, state, params, **{**self.extra_args, **extra})
 
         return optax.GradientTransformationExtraArgs(wide.init, update)
+
+    def wrapped(self, transform: Any) -> Any:
+        """A wrapper around the optimizer, likewise compiled."""
+        return _compiled(self.extended(transform))
+
+
+_apply = jax.jit(optax.apply_updates)
+
+
+def _compiled(transform: Any) -> Any:
+    return optax.GradientTransformationExtraArgs(transform.init, jax.jit(transform.update))
 
 
 def _gradients(params: Any, step: int) -> Any:
@@ -68,7 +78,7 @@ def _run(optimizer: Any, params: Any, steps: int, *, state: Any = None) -> Any:
     history = []
     for step in range(steps):
         updates, state = optimizer.update(_gradients(params, step), state, params)
-        params = optax.apply_updates(params, updates)
+        params = _apply(params, updates)
         history.append(updates)
     return params, state, history
 
@@ -109,9 +119,29 @@ def _numpy(x: Any) -> np.ndarray:
 
 def _finite(tree: Any, what: str) -> None:
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        assert not jnp.issubdtype(x.dtype, jnp.inexact) or bool(jnp.isfinite(x).all()), (
+        assert np.isfinite(_numpy(x)).all(), (
             f"{what} is not finite at {jax.tree_util.keystr(path) or 'the root'}: {x}"
         )
+
+
+def _fit(updates: Any, params: Any) -> None:
+    _same_tree(updates, params, "updates and parameters")
+    for (path, u), p in zip(
+        jax.tree_util.tree_flatten_with_path(updates)[0], jax.tree.leaves(params), strict=True
+    ):
+        assert (u.shape, u.dtype) == (p.shape, p.dtype), (
+            f"update {u.dtype}{u.shape} for parameter {p.dtype}{p.shape}"
+            f" at {jax.tree_util.keystr(path) or 'the root'}"
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(_numpy(x), _numpy(y)) for x, y in pairs)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), tree)
 
 
 def _zero(tree: Any) -> bool:
@@ -120,9 +150,13 @@ def _zero(tree: Any) -> bool:
 
 def _avals(tree: Any) -> Any:
     """What jit keys its cache on: shape, dtype, and whether the type is weak."""
-    return jax.tree.map(
-        lambda x: (tuple(x.shape), str(x.dtype), bool(getattr(x, "weak_type", False))), tree
-    )
+
+    def aval(x: Any) -> str:
+        dtype = getattr(x, "dtype", type(x).__name__)
+        weak = " (weak)" if getattr(x, "weak_type", False) else ""
+        return f"{dtype}{np.shape(x)}{weak}"
+
+    return jax.tree.map(aval, tree)
 
 
 def _halves(params: Any) -> tuple[Any, Any]:
@@ -141,117 +175,116 @@ def _only(tree: Any, mask: Any) -> Any:
 # The rules ---------------------------------------------------------------------------------------
 
 
+def pure(case: _Case) -> None:
+    """A step repeated gives the same, compiled or not, and changes nothing it was given."""
+    optimizer = case.transform()
+    given = (_gradients(case.params, 0), optimizer.init(case.params), case.params)
+    copies = jax.tree.map(lambda x: np.array(_numpy(x)), given)
+    first = optimizer.update(*given)
+    optimizer.init(jax.tree.map(lambda x: case.project(-x), case.params))  # leaves no trace
+    _close(optimizer.update(*given), first, "a step and the same step again", exact=True)
+    _close(jax.tree.map(_numpy, given), copies, "what a step was given, after it", exact=True)
+    _close(case.optimizer.update(*given), first, "a step compiled and not")
+
+
 def extra_args(case: _Case) -> None:
     """Extra arguments that an optimizer does not know are accepted and change nothing."""
-    optimizer = optax.with_extra_args_support(case.make(RATE))
-    grads, state = _gradients(case.params, 0), optimizer.init(case.params)
-    given = dict(case.extra_args)
-    plain, _ = optimizer.update(grads, state, case.params, **given)
-    extra, _ = optimizer.update(grads, state, case.params, **given, an_unknown_argument=1.0)
-    _close(plain, extra, "updates without and with an unknown extra argument", exact=True)
+    given = (_gradients(case.params, 0), case.optimizer.init(case.params), case.params)
+    update = functools.partial(case.transform().update, an_unknown_argument=1.0)
+    extra, _ = jax.jit(update)(*given)
+    plain, _ = case.optimizer.update(*given)
+    _close(extra, plain, "updates with and without an unknown extra argument")
 
 
 def updates_fit(case: _Case) -> None:
-    """Updates have the tree, the shapes and the dtypes of the parameters, and are finite."""
-    optimizer = case.optimizer()
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        params = jax.tree.map(lambda x, d=dtype: x.astype(d), case.params)
-        state = optimizer.init(params)
+    """Updates are finite and have the tree, shapes and dtypes of the parameters."""
+    for dtype in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
+        if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+            continue
+        name = jnp.dtype(dtype).name
+        params = _cast(case.params, dtype)
+        state = case.optimizer.init(params)
+        types = _avals(state)
         for step in range(2):
-            updates, state = optimizer.update(_gradients(params, step), state, params)
-            _same_tree(updates, params, "updates and parameters")
-            for (path, u), p in zip(
-                jax.tree_util.tree_flatten_with_path(updates)[0],
-                jax.tree.leaves(params),
-                strict=True,
-            ):
-                assert (u.shape, u.dtype) == (p.shape, p.dtype), (
-                    f"update {u.dtype}{u.shape} for parameter {p.dtype}{p.shape}"
-                    f" at {jax.tree_util.keystr(path)}"
-                )
-            _finite(updates, f"the update in {jnp.dtype(dtype).name}")
-            params = optax.apply_updates(params, updates)
+            updates, state = case.optimizer.update(_gradients(params, step), state, params)
+            _fit(updates, params)
+            _finite(updates, f"the update in {name}")
+            now = _avals(state)
+            assert now == types, f"in {name} the state's types change from {types} to {now}"
+            params = _apply(params, updates)
 
 
 def schedule_from_step_zero(case: _Case) -> None:
     """A schedule is read at the 0-based step: step 0 uses `schedule(0)`, without delay."""
     steps = 6
-    constant = _run(case.optimizer(RATE), case.params, steps)[2]
-    flat = _run(case.optimizer(lambda count: RATE + 0.0 * count), case.params, steps)[2]
-    _close(flat, constant, "updates of a constant schedule and of the constant")
-    assert not all(map(_zero, constant)), "six updates in a row are zero"
+
+    def transform(change: Any) -> Any:
+        return case.transform(lambda count: jnp.where(count < change, RATE, 0.5 * RATE))
+
+    update = jax.jit(lambda change, *given: transform(change).update(*given))
+
+    def history(change: int) -> list[Any]:
+        optimizer = optax.GradientTransformation(
+            transform(change).init, lambda *given: update(change, *given)
+        )
+        return _run(optimizer, case.params, steps)[2]
+
+    constant = _run(case.optimizer, case.params, steps)[2]
+    assert not all(map(_zero, constant)), f"{steps} updates in a row are zero"
+    _close(history(2 * steps), constant, "updates of a constant schedule and of the constant")
     for change in (1, 2, 3):
-        late = lambda count, at=change: jnp.where(count < at, RATE, 0.5 * RATE)
-        scheduled = _run(case.optimizer(late), case.params, steps)[2]
-        for step in range(steps):
-            if step < change:
-                what = f"step {step} of a schedule that changes at step {change}"
-                _close(scheduled[step], constant[step], what)
-            elif not _zero(constant[step]):
-                same = all(
-                    np.array_equal(_numpy(x), _numpy(y))
-                    for x, y in zip(
-                        jax.tree.leaves(scheduled[step]),
-                        jax.tree.leaves(constant[step]),
-                        strict=True,
-                    )
-                )
-                assert not same, f"a schedule that changes at step {change} has no effect there"
-                break
+        scheduled = history(change)
+        for step in range(change):
+            what = f"step {step} of a schedule that changes at step {change}"
+            _close(scheduled[step], constant[step], what)
+        at = next(step for step in range(change, steps) if not _zero(constant[step]))
+        assert not _equal(scheduled[at], constant[at]), (
+            f"a schedule that changes at step {change} has no effect at step {at}"
+        )
 
 
 def inject_hyperparams(case: _Case) -> None:
     """`optax.inject_hyperparams` can hold and change the learning rate."""
     make = lambda learning_rate: case.make(learning_rate)
-    injected = case.extended(optax.inject_hyperparams(make)(learning_rate=RATE))
-    plain = _run(case.usual, case.params, 2)[2]
-    update = jax.jit(injected.update)
-    params, state = case.params, injected.init(case.params)
-    for step in range(2):
-        updates, state = update(_gradients(params, step), state, params)
-        _close(updates, plain[step], f"step {step} with and without inject_hyperparams")
-        params = optax.apply_updates(params, updates)
+    injected = case.wrapped(optax.inject_hyperparams(make)(learning_rate=RATE))
+    plain = _run(case.optimizer, case.params, 6)[2]
+    params, state, history = _run(injected, case.params, 2)
+    _close(history, plain[:2], "updates with and without inject_hyperparams")
     # As many steps as an accumulation may take; the rate must show in one of them.
     state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
-    with_zero, rest = [], params
+    changed = []
     for step in range(2, 6):
-        updates, state = update(_gradients(rest, step), state, rest)
-        rest = optax.apply_updates(rest, updates)
-        with_zero.append(updates)
-    onward = _run(case.usual, case.params, 6)[2][2:]
-    same = all(
-        np.array_equal(_numpy(x), _numpy(y))
-        for x, y in zip(jax.tree.leaves(with_zero), jax.tree.leaves(onward), strict=True)
-    )
-    assert not same, "a rate changed in state.hyperparams has no effect"
+        updates, state = injected.update(_gradients(params, step), state, params)
+        params = _apply(params, updates)
+        changed.append(updates)
+    assert not _equal(changed, plain[2:]), "a rate changed in state.hyperparams has no effect"
 
 
 def multi_transform(case: _Case) -> None:
     """Under `optax.multi_transform` each leaf is updated as by the optimizer alone."""
     labels, mask = _halves(case.params)
-    both = case.extended(
+    both = case.wrapped(
         optax.multi_transform({"on": case.make(RATE), "off": optax.set_to_zero()}, labels)
     )
     together = _run(both, case.params, 2)[2]
-    state, params = case.optimizer().init(_only(case.params, mask)), case.params
+    state, params = case.optimizer.init(_only(case.params, mask)), case.params
     for step in range(2):
         grads = _only(_gradients(params, step), mask)
-        updates, state = case.optimizer().update(grads, state, _only(params, mask))
+        updates, state = case.optimizer.update(grads, state, _only(params, mask))
         _close(_only(together[step], mask), updates, f"step {step} in and outside multi_transform")
         off = jax.tree.map(lambda on, u: jnp.zeros_like(u) if on else u, mask, together[step])
         assert _zero(off), "a leaf of another optimizer was updated"
-        params = optax.apply_updates(params, together[step])
+        params = _apply(params, together[step])
 
 
 def masked(case: _Case) -> None:
     """Under `optax.masked` the other leaves pass through untouched."""
     _, mask = _halves(case.params)
-    optimizer = case.extended(optax.masked(case.make(RATE), mask))
+    optimizer = case.wrapped(optax.masked(case.make(RATE), mask))
     grads = _gradients(case.params, 0)
     updates, _ = optimizer.update(grads, optimizer.init(case.params), case.params)
-    inner = case.optimizer()
     params = _only(case.params, mask)
-    alone, _ = inner.update(_only(grads, mask), inner.init(params), params)
+    alone, _ = case.optimizer.update(_only(grads, mask), case.optimizer.init(params), params)
     _close(_only(updates, mask), alone, "updates under and without masked")
     others = jax.tree.map(lambda on: not on, mask)
     _close(_only(updates, others), _only(grads, others), "leaves that are masked out", exact=True)
@@ -259,39 +292,34 @@ def masked(case: _Case) -> None:
 
 def multi_steps(case: _Case) -> None:
     """`optax.MultiSteps` accumulates: nothing between, the update of the mean at the end."""
-    wrapped = case.extended(optax.MultiSteps(case.make(RATE), 2).gradient_transformation())
-    update = jax.jit(wrapped.update)
-    inner = case.usual
+    wrapped = case.wrapped(optax.MultiSteps(case.make(RATE), 2).gradient_transformation())
+    inner = case.optimizer
     params, state, reference = case.params, wrapped.init(case.params), inner.init(case.params)
     for step in range(2):
         grads = [_gradients(params, 2 * step + half) for half in range(2)]
-        idle, state = update(grads[0], state, params)
+        idle, state = wrapped.update(grads[0], state, params)
         assert _zero(idle), "an update between the accumulation's ends"
-        updates, state = update(grads[1], state, params)
+        updates, state = wrapped.update(grads[1], state, params)
         mean = jax.tree.map(lambda a, b: a + (b - a) / 2, *grads)
         expected, reference = inner.update(mean, reference, params)
         _close(updates, expected, "MultiSteps and the update of the mean gradient")
-        params = optax.apply_updates(params, updates)
+        params = _apply(params, updates)
 
 
 def apply_if_finite(case: _Case) -> None:
     """Under `optax.apply_if_finite` a bad gradient leaves parameters and state as they were."""
-    wrapped = case.extended(optax.apply_if_finite(case.make(RATE), 3))
-    update = jax.jit(wrapped.update)
+    wrapped = case.wrapped(optax.apply_if_finite(case.make(RATE), 3))
     state = wrapped.init(case.params)
     grads = _gradients(case.params, 0)
     for bad in (jnp.nan, jnp.inf):
         broken = jax.tree.map(lambda g, b=bad: jnp.full_like(g, b), grads)
-        updates, after = update(broken, state, case.params)
-        # The wrapper looks at the updates; an optimizer that is finite in spite of the gradient
-        # is let through, and is checked by `non_finite_gradients`.
+        updates, after = wrapped.update(broken, state, case.params)
         if bool(after.last_finite):
-            _finite(updates, "an update that passed")
-            continue
+            continue  # finite in spite of the gradient: see `non_finite_gradients`
         assert _zero(updates), "a non-finite update was applied"
         _close(after.inner_state, state.inner_state, "state before and after a bad step")
-    updates, _ = update(grads, state, case.params)
-    expected, _ = case.usual.update(grads, case.usual.init(case.params), case.params)
+    updates, _ = wrapped.update(grads, state, case.params)
+    expected, _ = case.optimizer.update(grads, case.optimizer.init(case.params), case.params)
     _close(updates, expected, "the update after a bad step")
 
 
@@ -299,24 +327,24 @@ def chain(case: _Case) -> None:
     """`optax.chain` with clipping and weight decay does what the parts do in turn."""
     grads = _gradients(case.params, 0)
     clip, decay = optax.clip_by_global_norm(0.5), optax.add_decayed_weights(0.01)
-    chained = case.extended(optax.chain(clip, decay, case.make(RATE), optax.scale(0.5)))
+    chained = case.wrapped(optax.chain(clip, decay, case.make(RATE), optax.scale(0.5)))
+    clip, decay = _compiled(clip), _compiled(decay)
     updates, _ = chained.update(grads, chained.init(case.params), case.params)
     by_hand, _ = clip.update(grads, clip.init(case.params), case.params)
     by_hand, _ = decay.update(by_hand, decay.init(case.params), case.params)
-    inner = case.optimizer()
-    by_hand, _ = inner.update(by_hand, inner.init(case.params), case.params)
+    by_hand, _ = case.optimizer.update(by_hand, case.optimizer.init(case.params), case.params)
     _close(updates, jax.tree.map(lambda u: 0.5 * u, by_hand), "chain and its parts in turn")
 
 
 def compiles_once(case: _Case) -> None:
     """Every step after the first reuses the compiled one: the state keeps its types."""
     traces: list[None] = []
-    optimizer = case.optimizer()
+    optimizer = case.transform()
 
     def update(grads: Any, state: Any, params: Any) -> Any:
         traces.append(None)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return _apply(params, updates), state
 
     step = jax.jit(update)
     params, state = case.params, optimizer.init(case.params)
@@ -330,7 +358,7 @@ def compiles_once(case: _Case) -> None:
 
 def abstract_init(case: _Case) -> None:
     """`init` takes shapes in place of arrays, under `eval_shape` and outside it."""
-    optimizer = case.optimizer()
+    optimizer = case.optimizer
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.params)
     strip = lambda tree: jax.tree.map(lambda x: (tuple(x.shape), str(x.dtype)), tree)
     concrete = strip(optimizer.init(case.params))
@@ -343,7 +371,7 @@ def abstract_init(case: _Case) -> None:
 
 def map_params(case: _Case) -> None:
     """`optax.tree.map_params` finds the parts of the state that mirror the parameters."""
-    optimizer = case.optimizer()
+    optimizer = case.optimizer
     state = optimizer.init(case.params)
     mapped = optax.tree.map_params(
         optimizer,
@@ -357,7 +385,7 @@ def map_params(case: _Case) -> None:
 def sharding(case: _Case) -> None:
     """State and updates are laid out over devices as the parameters are."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    optimizer = case.optimizer()
+    optimizer = case.optimizer
 
     def layout(x: Any) -> Any:
         split = x.ndim > 0 and x.shape[0] > 0 and x.shape[0] % mesh.size == 0
@@ -377,7 +405,7 @@ def sharding(case: _Case) -> None:
     state = optimizer.init(params)
     follows(state, "the state after init")
     grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), _gradients(params, 0), params)
-    updates, state = jax.jit(optimizer.update)(grads, state, params)
+    updates, state = optimizer.update(grads, state, params)
     follows(updates, "the update")
     follows(state, "the state after an update")
     expected, _ = optimizer.update(
@@ -388,7 +416,7 @@ def sharding(case: _Case) -> None:
 
 def donation(case: _Case) -> None:
     """No state shares memory with a parameter or itself, so that a step may donate both."""
-    optimizer = case.optimizer()
+    optimizer = case.optimizer
 
     def owners(tree: Any, name: str) -> list[tuple[int, str]]:
         return [
@@ -409,12 +437,12 @@ def donation(case: _Case) -> None:
     state = optimizer.init(params)
     check(params, state)
     updates, state = optimizer.update(_gradients(params, 0), state, params)
-    check(optax.apply_updates(params, updates), state)
+    check(_apply(params, updates), state)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return _apply(params, updates), state
 
     state = optimizer.init(params)
     for number in range(2):
@@ -443,7 +471,7 @@ def nnx_optimizer(case: _Case) -> None:
 
     for number in range(2):
         step(model, optimizer, gradients(number))
-    expected = _run(case.usual, case.params, 2)[0]
+    expected = _run(case.optimizer, case.params, 2)[0]
     got = jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Param)))
     _close(got, jax.tree.leaves(expected), "parameters trained by nnx.Optimizer and by hand")
 
@@ -457,7 +485,7 @@ def checkpoint(case: _Case) -> None:
             "the check 'checkpoint' needs orbax-checkpoint; install it or give"
             " skip=('checkpoint',)."
         ) from error
-    optimizer = case.usual
+    optimizer = case.optimizer
     params, state, _ = _run(optimizer, case.params, 3)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder).resolve() / "state"
@@ -477,9 +505,9 @@ def checkpoint(case: _Case) -> None:
 def _edge(case: _Case, params: Any) -> Any:
     """Three steps on an unusual tree, compiled; all finite and of the right kind."""
     params = jax.tree.map(lambda x: case.project(jnp.asarray(x, jnp.float32)), params)
-    after, state, history = _run(case.usual, params, 3)
+    after, state, history = _run(case.optimizer, params, 3)
     for updates in history:
-        _same_tree(updates, params, "updates and parameters")
+        _fit(updates, params)
     assert _avals(after) == _avals(params), f"parameters {_avals(params)} became {_avals(after)}"
     _finite(after, "a parameter")
     _finite(state, "the state")
@@ -521,7 +549,7 @@ def none_leaves(case: _Case) -> None:
 def zero_matrices(case: _Case) -> None:
     """A matrix initialised to zero moves, and gives no NaN when its gradient is zero too."""
     zeros = {"kernel": case.project(jnp.zeros((4, 2), jnp.float32))}
-    optimizer = case.optimizer()
+    optimizer = case.optimizer
     updates, state = optimizer.update(
         jax.tree.map(jnp.zeros_like, zeros), optimizer.init(zeros), zeros
     )
@@ -534,9 +562,9 @@ def zero_matrices(case: _Case) -> None:
 
 def non_finite_gradients(case: _Case) -> None:
     """Inf and NaN in a gradient raise nothing, and reach no parameter under `stays_finite`."""
-    update = case.usual.update
+    update = case.optimizer.update
     for bad in (np.nan, np.inf, -np.inf):
-        params, state = case.params, case.optimizer().init(case.params)
+        params, state = case.params, case.optimizer.init(case.params)
         for step in range(4):
             grads = _gradients(params, step)
             if step == 1:
@@ -546,7 +574,7 @@ def non_finite_gradients(case: _Case) -> None:
             types = _avals(state)
             updates, state = update(grads, state, params)
             assert _avals(state) == types, f"{bad} changes the state's types"
-            params = optax.apply_updates(params, updates)
+            params = _apply(params, updates)
             if case.stays_finite:
                 _finite(params, f"a parameter after {bad} in a gradient")
                 _finite(state, f"the state after {bad} in a gradient")
@@ -555,7 +583,7 @@ def non_finite_gradients(case: _Case) -> None:
 def scan(case: _Case) -> None:
     """`lax.scan` over steps gives what the loop gives."""
     steps = 3
-    optimizer = case.optimizer()
+    optimizer = case.optimizer
     grads = jax.tree.map(
         lambda *g: jnp.stack(g), *[_gradients(case.params, step) for step in range(steps)]
     )
@@ -563,16 +591,16 @@ def scan(case: _Case) -> None:
     def body(carry: Any, grad: Any) -> Any:
         params, state = carry
         updates, state = optimizer.update(grad, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return (_apply(params, updates), state), None
 
     (scanned, _), _ = jax.lax.scan(body, (case.params, optimizer.init(case.params)), grads)
-    looped = _run(case.usual, case.params, steps)[0]
+    looped = _run(case.optimizer, case.params, steps)[0]
     _close(scanned, looped, "parameters after a scan and after a loop")
 
 
 def vmap(case: _Case) -> None:
     """`vmap` trains several models at once, each as if alone."""
-    optimizer = case.optimizer()
+    optimizer = case.optimizer
     both = jax.tree.map(lambda x: jnp.stack([x, x]), case.params)
     grads = [_gradients(case.params, step) for step in range(2)]
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
@@ -584,20 +612,20 @@ def vmap(case: _Case) -> None:
 
 
 def strict_promotion(case: _Case) -> None:
-    """Two steps run with implicit dtype and rank promotion forbidden."""
+    """A step is traced with implicit dtype and rank promotion forbidden."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for dtype in (jnp.float32, jnp.bfloat16):
-            params = jax.tree.map(lambda x, d=dtype: x.astype(d), case.params)
-            optimizer = case.optimizer()
-            state = optimizer.init(params)
-            for step in range(2):
-                updates, state = optimizer.update(_gradients(params, step), state, params)
-                params = jax.tree.map(jnp.add, params, updates)
+            params = _cast(case.params, dtype)
+            optimizer = case.transform()
+            state = jax.eval_shape(optimizer.init, params)
+            updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+            jax.eval_shape(lambda *trees: jax.tree.map(jnp.add, *trees), params, updates)
 
 
 _RULES: dict[str, Callable[[_Case], None]] = {
     rule.__name__: rule
     for rule in (
+        pure,
         extra_args,
         updates_fit,
         schedule_from_step_zero,
@@ -691,11 +719,9 @@ def check_optimizer(
     for argument, given in (("checks", names), ("skip", skip)):
         for name in given:
             check_choice(argument, name, CONTRACT)
-    tree = _default_params() if params is None else params
     if params is None:
-        tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-        tree = jax.tree.map(project, tree)
-    case = _Case(make_optimizer, tree, project, extra_args or {}, stays_finite)
+        params = jax.tree.map(project, _cast(_default_params(), jnp.float32))
+    case = _Case(make_optimizer, params, project, extra_args or {}, stays_finite)
     broken: list[str] = []
     causes: list[Exception] = []
     names = [name for name in names if name not in skip]
