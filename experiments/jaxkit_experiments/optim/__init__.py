@@ -1,0 +1,1 @@
+"""Experiments on optimizers and the theory of training."""
