@@ -199,8 +199,8 @@ def extra_args(case: _Case) -> None:
 def updates_fit(case: _Case) -> None:
     """Updates are finite and have the tree, shapes and dtypes of the parameters."""
     for dtype in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
-        if dtype == jnp.float64 and not jax.config.jax_enable_x64:
-            continue
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            continue  # 64-bit types are off
         name = jnp.dtype(dtype).name
         params = _cast(case.params, dtype)
         state = case.optimizer.init(params)

@@ -527,6 +527,7 @@ def test_parameters_are_made_legal():
     assert all(float(x.min()) > 0 for x in seen if isinstance(x, jax.Array) and x.size)
 
 
+@pytest.mark.slow
 def test_lion_passes():
     check_optimizer(optax.lion)
 
