@@ -110,30 +110,28 @@ def lazy_rows(
             for u, mask in zip(treedef.flatten_up_to(updates), masks, strict=True)
         ]
         if mode == "full":
-            rows = [
-                (path_name(path), leaf.shape, mask)
-                for path, leaf, mask in zip(paths, leaves, masks, strict=True)
-                if mask is not None
-            ]
-            new = _keep_rows(state.inner_state, new, rows)
+            names = [path_name(path) for path in paths]
+            new = _keep_rows(state.inner_state, new, names, leaves, masks)
         return treedef.unflatten(kept), LazyRowsState(new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _keep_rows(old: Any, new: Any, rows: list[tuple[str, tuple[int, ...], Array]]) -> Any:
-    """The new state with the old one's rows wherever a mask is false."""
+def _keep_rows(old: Any, new: Any, names: list[str], grads: list[Any], masks: list[Any]) -> Any:
+    """The new state with the old one's rows wherever the mask of their parameter is false."""
 
     def keep(path: tuple[Any, ...], before: Any, after: Any) -> Any:
         place = "/" + path_name(path)
-        for name, shape, mask in rows:
-            # An empty name is that of parameters that are one array.
-            if name and not place.endswith("/" + name):
-                continue
-            if after.shape == shape:
-                return jnp.where(mask, after, before)
-            if after.shape == shape[:-1]:  # one statistic a row
-                return jnp.where(jnp.squeeze(mask, -1), after, before)
+        # An empty name is that of parameters that are one array.
+        owners = [i for i, name in enumerate(names) if not name or place.endswith("/" + name)]
+        if not owners:
+            return after
+        owner = max(owners, key=lambda i: len(names[i]))  # "a/b" rather than "b"
+        mask, shape = masks[owner], grads[owner].shape
+        if mask is not None and after.shape == shape:
+            return jnp.where(mask, after, before)
+        if mask is not None and after.shape == shape[:-1]:  # one statistic a row
+            return jnp.where(jnp.squeeze(mask, -1), after, before)
         return after
 
     return jax.tree_util.tree_map_with_path(keep, old, new)
