@@ -75,6 +75,9 @@ def exponentiated_gradient(
     take `log_state` for long runs. It makes log θ the state and θ its image; whatever else changes
     the parameters is undone by the next update. The signed pair is kept as logarithms always.
 
+    A gradient that is not finite gives NaN, infinities included, for `optax.apply_if_finite` or a
+    loss scale to see.
+
     State, in float32 and for each parameter: none; 4 bytes with `log_state`; 8 bytes if signed.
 
     Args:
@@ -206,7 +209,9 @@ def exponentiated_gradient(
         for path, theta, g, *log in zip(paths, thetas, gs, *logs, strict=True):
             validate(path, theta, starts=False)
             dtype = wide(theta.dtype)
-            x, step = theta.astype(dtype), jnp.asarray(rate, dtype) * g.astype(dtype)
+            # An infinite gradient would leave a finite zero, for ever and unseen.
+            g = jnp.where(jnp.isfinite(g), g, jnp.nan).astype(dtype)
+            x, step = theta.astype(dtype), jnp.asarray(rate, dtype) * g
             change, new_log, is_clipped = rule(x, step, tuple(log))
             updates.append(change.astype(theta.dtype))
             new_logs.append(new_log)
