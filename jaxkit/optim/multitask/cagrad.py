@@ -57,7 +57,7 @@ def cagrad(
         raise ValueError(f"c must be at least 0 and less than 1; got {c!r}.")
     check_choice("rescale", rescale, ("none", "1+c2", "1+c"))
     prepared = prepare(gram)
-    G, alive, _, _ = prepared
+    G, alive, norms, _ = prepared
     a = preference_vector(preference, G)
     Ga = G @ a
     ratio = jnp.asarray(c, G.dtype)
@@ -66,7 +66,7 @@ def cagrad(
     slope = -Ga / jnp.where(moves, phi, 1)
     simplex = tuple(range(len(G)))
     eps = jnp.finfo(G.dtype).eps
-    least = jnp.sqrt(10 * len(G) * eps)  # √(vᵀG v) is not known better than this
+    least = jnp.min(jnp.where(alive, norms, 1)) * jnp.sqrt(eps)
 
     def face(T: Array) -> tuple[Array, Array, Array]:
         """At T: the face, its point α of least norm, and vᵀG v."""

@@ -9,7 +9,8 @@ from jaxkit.optim.multitask._gram import pick, prepare
 
 __all__ = ["fairgrad", "nash"]
 
-NEWTON_STEPS = 50
+# Nash-MTL needs some 12; without a solution the steps double w, and had better end.
+NEWTON_STEPS, OTHER_STEPS = 50, 200
 
 
 def nash(
@@ -85,7 +86,9 @@ def fairgrad(gram: Float[Array, "tasks tasks"], *, alpha: float = 2.0) -> Float[
 def _newton(C: Array, k: Array, p: float, alive: Array) -> Array:
     """Damped Newton for the convex ½ zᵀCz − Σ k z^{1−p}/(1−p) over z > 0.
 
-    With step 1/(1 + δ), δ being the Newton step's length in the local norm, until δ ≤ ¼.
+    With step 1/(1 + δ), δ being the Newton step's length in the local norm, until δ ≤ ¼. That is
+    for p = 1, where the function is self-concordant; δ is otherwise multiplied by half the constant
+    |f'''|/f''^{3/2} that the function has at z.
     """
     identity = jnp.eye(len(k), dtype=C.dtype)
     tolerance = 4 * jnp.finfo(C.dtype).eps
@@ -95,13 +98,17 @@ def _newton(C: Array, k: Array, p: float, alive: Array) -> Array:
         gradient = jnp.where(alive, C @ z - k * z ** (-p), 0)
         curvature = jnp.where(alive, k * p * z ** (-p - 1), 1)
         direction = -jnp.linalg.solve(C + identity * curvature[:, None], gradient)
-        delta = jnp.sqrt(jnp.maximum(-direction @ gradient, 0))
+        bend = jnp.max(jnp.where(alive, (p + 1) / (2 * z * jnp.sqrt(curvature)), 0))
+        delta = bend * jnp.sqrt(jnp.maximum(-direction @ gradient, 0))
         # z stays positive: no entry loses more than four fifths.
         fall = jnp.max(-direction / z)
         rate = jnp.where(delta <= 0.25, 1, 1 / (1 + delta))
-        rate = jnp.minimum(rate, 0.8 / jnp.maximum(fall, 0.8))
-        return z + rate * direction, jnp.max(jnp.abs(direction / z)) > tolerance, count + 1
+        new = z + jnp.minimum(rate, 0.8 / jnp.maximum(fall, 0.8)) * direction
+        good = jnp.all(jnp.isfinite(new))  # without a solution z grows until it overflows
+        moves = jnp.max(jnp.abs(direction / z)) > tolerance
+        return jnp.where(good, new, z), good & moves, count + 1
 
     start = jnp.where(alive, k ** (1 / (1 + p)), 1)
     state = (start, jnp.asarray(True), jnp.asarray(0))
-    return jax.lax.while_loop(lambda s: s[1] & (s[2] < NEWTON_STEPS), step, state)[0]
+    most = NEWTON_STEPS if p == 1 else OTHER_STEPS
+    return jax.lax.while_loop(lambda s: s[1] & (s[2] < most), step, state)[0]

@@ -11,6 +11,7 @@ that has become too large is never lowered. Here every face of the feasible set 
 """
 
 import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ __all__ = ["ENUMERATED", "face_minimum", "quadratic"]
 ENUMERATED = 8
 
 
+@partial(jax.jit, static_argnames="simplex")
 def quadratic(
     G: Float[Array, "tasks tasks"],
     b: Float[Array, " tasks"],
@@ -131,7 +133,7 @@ def _active_set(
     """
     n = len(b)
     index = jnp.arange(n)
-    tolerance = 10 * n * jnp.finfo(C.dtype).eps
+    eps = jnp.finfo(C.dtype).eps
 
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         x, on, joined, barred, count, _ = state
@@ -157,7 +159,8 @@ def _active_set(
         best = jnp.argmin(steepest)
         # A task that was barred leaves a face whose minimiser is x already.
         ready = inside | jnp.any(leaves & (index == joined) & (share == 0))
-        joins = ready & (steepest[best] < -tolerance)
+        rounding = 10 * eps * (jnp.sum(jnp.abs(x)) + jnp.max(jnp.abs(b)))
+        joins = ready & (steepest[best] < -rounding)
         on, joined = on | (joins & (index == best)), jnp.where(joins, best, joined)
         return x, on, joined, barred, count + 1, ready & ~joins
 
