@@ -334,6 +334,9 @@ def test_a_run_from_end_to_end(tmp_path):
     files = experiment.plot(Results(config, arms), ctx)
     assert [file.stem for file in files] == ["rates", "shift"]
     assert all(file.stat().st_size > 5000 for file in files)
+    told = experiment.epilogue(Results(config, arms), ctx)
+    assert f"{np.mean(records[3]['accuracy']):.4g} at 0.01" in told
+    assert "recovery egdd" in told
 
 
 @pytest.mark.slow

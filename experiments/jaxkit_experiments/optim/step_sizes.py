@@ -299,10 +299,7 @@ class StepSizeAdaptation(Experiment):
     )
     sources = ("kexue.fm 8968", "arXiv 2202.00145", "arXiv 1703.04782")
     arms = ARMS
-    columns = (
-        *(f"accuracy[{rate:g}]" for rate in (1e-4, 1e-3, 1e-2, 1e-1)),
-        *("recovery[0.001]", "recovery[0.01]"),
-    )
+    columns = ("accuracy[0.0001]", "accuracy[0.01]", "recovery[0.001]")
     config_class = StepSizeConfig
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         arm: {f"accuracy[{rate:g}]": value for rate, value in of.items()}
@@ -455,3 +452,16 @@ class StepSizeAdaptation(Experiment):
                     axis.set_title(f"accuracy on the new labels, rate {rate:g}", fontsize=10)
                 axes[0][0].legend(frameon=False, fontsize=8)
         return files
+
+    def epilogue(self, results: Results, ctx: Context) -> str:
+        """Means at every rate."""
+        config, lines = results.config, []
+        for metric, rates in (("accuracy", config.rates), ("recovery", config.shift_rates)):
+            for arm in results.arms:
+                values = [
+                    f"{results.mean(arm, f'{metric}[{rate:g}]'):.4g} at {rate:g}"
+                    for rate in rates
+                    if results.has(arm, f"{metric}[{rate:g}]")
+                ]
+                lines.append(f"  {metric} {arm:14} {', '.join(values)}")
+        return "At every rate:\n" + "\n".join(lines)
