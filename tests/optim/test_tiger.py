@@ -350,6 +350,19 @@ def test_scope(bad):
 
 
 @pytest.mark.x32
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_number_of_many_is_found(bad):
+    """Reductions of large arrays are compiled in another way (a maximum on a CPU drops NaN)."""
+    params = {"kernel": np.ones((300, 200))}
+    history = [{"kernel": np.full((300, 200), 1e30)} for _ in range(2)]  # finite, if large
+    history[1]["kernel"][17, 3] = bad
+    (before, state), (after, last) = run(tiger(0.01), params, history, jnp.float32)
+    assert np.all(np.asarray(before["kernel"]) < 1)
+    np.testing.assert_allclose(after["kernel"], 0.99 * before["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(last.mu["kernel"], state.mu["kernel"])
+
+
+@pytest.mark.x32
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_survives_overflow(dtype):
     """Squares of these parameters overflow in float16, and so does a gradient."""
