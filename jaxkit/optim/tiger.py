@@ -342,6 +342,8 @@ class _Tiger:
         label = class_of(path, theta, self.label_fn)
         x, m = theta.astype(dtype), mu.astype(dtype)
 
+        # Where β is applied, where the momentum stays as it is, and where the parameter moves: one
+        # truth value for the leaf, or one a row for lazy leaves.
         begins, last = self._window(count)
         stays, moves = bad, last
         if rows is not None:
