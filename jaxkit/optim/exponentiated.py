@@ -246,9 +246,15 @@ def _reparam(x: Array, step: Array, logs: _Logs) -> tuple[Array, _Logs, Array]:
 
 
 def _simplex(x: Array, step: Array, logs: _Logs, *, total: Any) -> tuple[Array, _Logs, Array]:
-    log = (logs[0] if logs else jnp.log(x)) - step
-    log = jax.nn.log_softmax(log, axis=-1) + jnp.log(jnp.asarray(total, x.dtype))
-    return jnp.exp(log) - x, (log,) if logs else (), jnp.zeros(x.shape, bool)
+    total, never = jnp.asarray(total, x.dtype), jnp.zeros(x.shape, bool)
+    if logs:
+        log = jax.nn.log_softmax(logs[0] - step, axis=-1) + jnp.log(total)
+        return jnp.exp(log) - x, (log,), never
+    # The largest exponent is taken out first. It is no more than a scale, so that the derivative
+    # may pass it by, and with it the logarithm of zeros.
+    top = jax.lax.stop_gradient(jnp.max(jnp.log(x) - step, axis=-1, keepdims=True))
+    weights = x * jnp.exp(jnp.minimum(-step - top, _limit(x)))
+    return total * weights / jnp.sum(weights, axis=-1, keepdims=True) - x, (), never
 
 
 def _signed(x: Array, step: Array, logs: _Logs, *, total: Any) -> tuple[Array, _Logs, Array]:

@@ -299,6 +299,18 @@ def test_exponents_are_clipped_and_counted(dtype, limit):
     assert int(state.clipped) == 0
 
 
+def test_a_corner_of_the_simplex_has_a_derivative():
+    """Of weights that are zero too, whatever their gradients: θ' = p and ∂p/∂g = -η (p - p pᵀ)."""
+    theta, g = jnp.array([0.0, 0.3, 0.7, 0.0]), jnp.array([-2000.0, 1.0, -0.5, 2000.0])
+    after = lambda theta, g: step(eg(0.5, "simplex"), theta, g)[0]
+    p = np.asarray(theta) * np.exp([0, -0.5, 0.25, 0])
+    p /= p.sum()
+    np.testing.assert_allclose(after(theta, g), p, rtol=1e-14)
+    by_gradient = jax.jacobian(after, argnums=1)(theta, g)
+    np.testing.assert_allclose(by_gradient, -0.5 * (np.diag(p) - np.outer(p, p)), atol=1e-15)
+    assert np.all(np.isfinite(jax.jacobian(after)(theta, g)))
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_bad_gradient_is_seen_and_kept_out(bad):
     """An infinite one as well, which else would put a weight at zero for good."""
