@@ -1,6 +1,12 @@
-"""Optimizers that plug into optax, and the contract that they all pass."""
+"""Optimizers that plug into optax, and the contract that they all pass.
+
+A file that holds a function of its own name begins with an underscore, so that the name is always
+the function.
+"""
 
 from jaxkit.optim import multitask
+from jaxkit.optim._tiger import TigerState, is_update_step, scale_by_tiger, tiger
+from jaxkit.optim._tiger_keras import keras_labels, piecewise_linear, tiger_keras
 from jaxkit.optim.accumulation import (
     AccumulationState,
     accumulated_adam,
@@ -47,8 +53,6 @@ from jaxkit.optim.step_size import (
     eg_stepsize,
     egdd,
 )
-from jaxkit.optim.tiger import TigerState, is_update_step, scale_by_tiger, tiger
-from jaxkit.optim.tiger_keras import keras_labels, piecewise_linear, tiger_keras
 
 __all__ = [
     "CONTRACT",

@@ -159,7 +159,7 @@ def split_embeddings(
 
     Example:
       >>> import optax
-      >>> from jaxkit.optim.tiger import tiger
+      >>> from jaxkit.optim import tiger
       >>> optimizer = split_embeddings(optax.adam(1e-3), tiger(1e-3))
 
     Source: post 9736; Chen et al. 2023 (arXiv 2302.06675).

@@ -11,7 +11,7 @@ import optax
 from jaxkit._checks import check_real
 from jaxkit._typing import Array
 from jaxkit.optim._leaves import check_count, path_name
-from jaxkit.optim.tiger import _Tiger
+from jaxkit.optim._tiger import _Tiger
 
 __all__ = ["keras_labels", "piecewise_linear", "tiger_keras"]
 
