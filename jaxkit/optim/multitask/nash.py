@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxkit._checks import check_real, is_traced
 from jaxkit._typing import Array, Float
 from jaxkit.optim.multitask._gram import pick, prepare
+from jaxkit.optim.multitask.quadratic import solve_small
 
 __all__ = ["fairgrad", "nash"]
 
@@ -97,7 +98,7 @@ def _newton(C: Array, k: Array, p: float, alive: Array) -> Array:
         z, _, count = state
         gradient = jnp.where(alive, C @ z - k * z ** (-p), 0)
         curvature = jnp.where(alive, k * p * z ** (-p - 1), 1)
-        direction = -jnp.linalg.solve(C + identity * curvature[:, None], gradient)
+        direction = -solve_small(C + identity * curvature[:, None], gradient)
         bend = jnp.max(jnp.where(alive, (p + 1) / (2 * z * jnp.sqrt(curvature)), 0))
         delta = bend * jnp.sqrt(jnp.maximum(-direction @ gradient, 0))
         # z stays positive: no entry loses more than four fifths.

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxkit._typing import Array, Bool, Float
 
-__all__ = ["ENUMERATED", "face_minimum", "quadratic"]
+__all__ = ["ENUMERATED", "face_minimum", "quadratic", "solve_small"]
 
 # The largest number of tasks for which all 2ⁿ faces are tried: one batched solve.
 ENUMERATED = 8
@@ -75,6 +75,24 @@ def quadratic(
     return jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
 
 
+def solve_small(K: Float[Array, "n n"], rhs: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Kx = rhs by Gauss and Jordan's elimination with row pivots; not finite if K is singular.
+
+    For batches of a few equations: the library's triangular solves take minutes to compile there.
+    """
+    index = jnp.arange(len(rhs))
+
+    def eliminate(i: Array, A: Array) -> Array:
+        pivot = jnp.argmax(jnp.where(index >= i, jnp.abs(A[:, i]), -1))
+        A = A[jnp.where(index == i, pivot, jnp.where(index == pivot, i, index))]
+        row = A[i] / A[i, i]
+        rest = A - A[:, i][:, None] * row[None]
+        return jnp.where((index == i)[:, None], row[None], rest)
+
+    A = jnp.concatenate([K, rhs[:, None]], axis=1)
+    return jax.lax.fori_loop(0, len(rhs), eliminate, A)[:, -1]
+
+
 def face_minimum(
     C: Float[Array, "tasks tasks"],
     b: Float[Array, " tasks"],
@@ -92,11 +110,11 @@ def face_minimum(
     K = jnp.where(jnp.outer(on, on), C, jnp.eye(n, dtype=C.dtype) * jnp.where(on, 0, 1)[:, None])
     rhs = jnp.where(on, b, 0)
     if total is None:
-        x = jnp.linalg.solve(K, rhs)
+        x = solve_small(K, rhs)
         return x, C @ x - b
     border = jnp.where(on, e, 0)
     K = jnp.block([[K, border[:, None]], [border[None, :], jnp.zeros((1, 1), C.dtype)]])
-    solution = jnp.linalg.solve(K, jnp.append(rhs, jnp.asarray(total, C.dtype)))
+    solution = solve_small(K, jnp.append(rhs, jnp.asarray(total, C.dtype)))
     x, multiplier = solution[:-1], solution[-1]
     return x, C @ x - b + multiplier * e
 
