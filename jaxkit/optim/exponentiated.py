@@ -253,7 +253,7 @@ def _simplex(x: Array, step: Array, logs: _Logs, *, total: Any) -> tuple[Array, 
     # The largest exponent is taken out first. It is no more than a scale, so that the derivative
     # may pass it by, and with it the logarithm of zeros.
     top = jax.lax.stop_gradient(jnp.max(jnp.log(x) - step, axis=-1, keepdims=True))
-    weights = x * jnp.exp(jnp.minimum(-step - top, _limit(x)))
+    weights = x * jnp.exp(_clip(-step - top)[0])
     return total * weights / jnp.sum(weights, axis=-1, keepdims=True) - x, (), never
 
 
@@ -270,13 +270,13 @@ def _signed(x: Array, step: Array, logs: _Logs, *, total: Any) -> tuple[Array, _
 def _hypentropy(x: Array, step: Array, logs: _Logs, *, beta: Any) -> tuple[Array, _Logs, Array]:
     beta = jnp.broadcast_to(jnp.asarray(beta, x.dtype), x.shape)
     exponent = jnp.arcsinh(x / beta) - step
-    far = beta * jnp.sinh(jnp.clip(exponent, -_limit(x), _limit(x))) - x
+    is_far = jnp.abs(exponent) > _limit(x)
+    far = beta * jnp.sinh(jnp.where(is_far, jnp.sign(exponent) * _limit(x), exponent)) - x
     # sinh(a - s) by the addition theorem: no rounding of x itself, so that a zero step is one.
     small = jnp.clip(step, -1, 1)
     near = 2 * x * jnp.sinh(small / 2) ** 2 - jnp.hypot(x, beta) * jnp.sinh(small)
     is_near = jnp.abs(step) <= 1
-    clipped = (jnp.abs(exponent) > _limit(x)) & ~is_near
-    return jnp.where(is_near, near, far), logs, clipped
+    return jnp.where(is_near, near, far), logs, is_far & ~is_near
 
 
 def _pair(w: Array, *, total: Any, beta: Any) -> _Logs:
@@ -291,8 +291,12 @@ def _pair(w: Array, *, total: Any, beta: Any) -> _Logs:
 
 
 def _clip(exponent: Array) -> tuple[Array, Array]:
-    """The exponent below what `exp` can take, and where it was not."""
-    return jnp.minimum(exponent, _limit(exponent)), exponent > _limit(exponent)
+    """The exponent below what `exp` can take, and where it was not.
+
+    Not by `minimum`, which XLA's fused loops on a CPU may compile so that NaN becomes the limit.
+    """
+    clipped = exponent > _limit(exponent)
+    return jnp.where(clipped, _limit(exponent), exponent), clipped
 
 
 def _limit(exponent: Array) -> float:
