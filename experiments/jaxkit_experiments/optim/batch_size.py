@@ -31,10 +31,12 @@ import optax
 
 from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit.theory import (
+    add_microbatch,
     fit_steps_data,
-    noise_scale_stats,
+    init_moments,
     optimal_lr_quadratic,
     simple_noise_scale,
+    squared_norm,
     track_noise_scale,
 )
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
@@ -74,10 +76,10 @@ class BatchSizeConfig:
 
     arms: tuple[str, ...] = ARMS
     seeds: tuple[int, ...] = (0, 1, 2)
-    trials: int = 4096
+    trials: int = 65536
     dim: int = 16
     correlation: float = 0.8
-    sigma: float = 5.0
+    sigma: float = 10.0
     quadratic_sizes: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
     sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
     caps: tuple[int, ...] = (1200, 400, 200, 100, 100)
@@ -126,18 +128,14 @@ def quadratic(config: BatchSizeConfig, seed: int) -> tuple[jax.Array, jax.Array,
 def best_of_grid(config: BatchSizeConfig, seed: int, kind: str, B: int) -> tuple[float, float]:
     """The rate with the largest mean decrease over the trials, and that decrease."""
     g, H, variance = quadratic(config, seed)
-
-    @jax.jit
-    def decreases(key: jax.Array) -> jax.Array:
-        noise = jax.random.normal(key, (config.trials, config.dim)) * jnp.sqrt(variance / B)[None]
-        u = g[None] + noise
-        u = jnp.sign(u) if kind == "sign" else u
-        slope, curvature = u @ g, jnp.sum((u @ H) * u, axis=1)
-        rates = jnp.asarray(_RATES, jnp.float32)
-        of = lambda rate: jnp.mean(rate * slope - rate**2 / 2 * curvature)
-        return jax.lax.map(of, rates)
-
-    found = np.asarray(decreases(jax.random.fold_in(jax.random.key(seed), B)))
+    key = jax.random.fold_in(jax.random.key(seed), B)
+    noise = jax.random.normal(key, (config.trials, config.dim)) * jnp.sqrt(variance / B)[None]
+    u = g[None] + noise
+    u = jnp.sign(u) if kind == "sign" else u
+    # A step decreases the loss by η u·g - η² uᵀHu/2; its mean over the trials, for every η.
+    slope = float(jnp.mean(u @ g))
+    curvature = float(jnp.mean(jnp.sum((u @ H) * u, axis=1)))
+    found = _RATES * slope - _RATES**2 / 2 * curvature
     return float(_RATES[found.argmax()]), float(found.max())
 
 
@@ -227,40 +225,56 @@ def steps_to_target(
     )
 
 
-def noise_along(config: BatchSizeConfig, data: Examples, seed: int) -> dict[int, dict[str, float]]:
-    """Loss and noise scale at `config.noise_steps` of one run.
+def noise_along(config: BatchSizeConfig, data: Examples) -> dict[int, dict[str, list[float]]]:
+    """Loss and noise scale of every seed's run, at `config.noise_steps`.
 
     `exact` is from the gradients of all examples; `online` the running average of what the
     microbatches of the training step tell, no further gradient taken.
     """
-    x, y, classes = data
-    key = jax.random.key(seed)
-    params = network(key, x.shape[1], config.hidden, classes)
-    tx = optax.chain(track_noise_scale(0.95), optax.sgd(config.noise_rate))
+    tx = optax.chain(track_noise_scale(), optax.sgd(config.noise_rate))
     b = config.noise_size // 4
 
-    def step(carry: Any, t: jax.Array) -> Any:
-        params, state = carry
+    def start(seed: jax.Array) -> Any:
+        key = jax.random.key(seed)
+        params = network(key, data.x.shape[1], config.hidden, data.classes)
+        return key, params, tx.init(params)
+
+    def step(t: jax.Array, carry: Any, x: jax.Array, y: jax.Array) -> Any:
+        key, params, state = carry
         rows = jax.random.randint(jax.random.fold_in(key, t), (4, b), 0, len(y))
         micro = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x[rows], y[rows])
         grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), micro)
         updates, state = tx.update(grads, state, params, micro_grads=micro, b_small=b)
-        return (optax.apply_updates(params, updates), state), None
+        return key, optax.apply_updates(params, updates), state
 
-    @jax.jit
-    def look(carry: Any) -> Any:
-        params, state = carry
-        each = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x[:, None], y[:, None])
-        exact = simple_noise_scale(noise_scale_stats(each, 1))
-        return loss(params, x, y), exact, simple_noise_scale(state[0])
+    def advance(carry: Any, begin: jax.Array, end: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+        one = lambda of: jax.lax.fori_loop(begin, end, lambda t, c: step(t, c, x, y), of)
+        return jax.vmap(one)(carry)
 
-    advance = jax.jit(lambda carry, steps: jax.lax.scan(step, carry, steps)[0])
-    carry, done, seen = (params, tx.init(params)), 0, {}
+    def look(carry: Any, x: jax.Array, y: jax.Array) -> Any:
+        """One seed after the other, one example after the other: no gradient is kept."""
+
+        def one(of: Any) -> Any:
+            _, params, state = of
+            add = lambda m, row: (
+                add_microbatch(m, jax.grad(loss)(params, row[0][None], row[1][None])),
+                None,
+            )
+            moments, _ = jax.lax.scan(add, init_moments(params), (x, y))
+            # Batches are drawn from these examples, so that their mean gradient is g itself.
+            spread = sum(jax.tree.leaves(moments.spread)) / len(y)
+            exact = spread / squared_norm(moments.mean)
+            return loss(params, x, y), exact, simple_noise_scale(state[0])
+
+        return jax.lax.map(one, carry)
+
+    advance, look = jax.jit(advance), jax.jit(look)
+    carry, done, seen = jax.vmap(start)(jnp.asarray(config.seeds, jnp.uint32)), 0, {}
     for stop in config.noise_steps:
-        if stop > done:
-            carry, done = advance(carry, jnp.arange(done, stop)), stop
+        carry, done = advance(carry, done, stop, data.x, data.y), stop
         names = ("loss", "exact", "online")
-        seen[stop] = dict(zip(names, map(float, look(carry)), strict=True))
+        values = (np.asarray(of, np.float64).tolist() for of in look(carry, data.x, data.y))
+        seen[stop] = dict(zip(names, values, strict=True))
     return seen
 
 
@@ -312,7 +326,7 @@ class BatchSize(Experiment):
         ),
         "gpu": BatchSizeConfig(
             seeds=tuple(range(8)),
-            trials=65536,
+            trials=2**20,
             quadratic_sizes=tuple(2**k for k in range(15)),
             sizes=tuple(2**k for k in range(13)),
             caps=(20_000, 10_000, 5000, *(2500,) * 10),
@@ -396,19 +410,14 @@ class BatchSize(Experiment):
     @staticmethod
     def _noise(config: BatchSizeConfig, data: Any, ctx: Context) -> dict[str, list[float]]:
         metrics: dict[str, list[float]] = {}
-        with ctx.progress("digits-noise", len(config.seeds)) as task:
-            runs = []
-            for seed in config.seeds:
-                runs.append(noise_along(config, data, seed))
-                ctx.log(seed=seed, noise={str(t): of for t, of in runs[-1].items()})
-                task.advance()
-        for t in config.noise_steps:
-            for name in ("loss", "exact", "online"):
-                metrics[f"{name}[{t}]"] = [run[t][name] for run in runs]
-        before = [
-            [of["exact"] for of in run.values() if of["loss"] > config.target] for run in runs
-        ]
-        metrics["B_simple"] = [float(np.mean(values)) if values else math.nan for values in before]
+        run = noise_along(config, data)
+        for t, of in run.items():
+            metrics |= {f"{name}[{t}]": values for name, values in of.items()}
+            ctx.log(step=t, **of)
+        loss = np.array([of["loss"] for of in run.values()])
+        exact = np.array([of["exact"] for of in run.values()])
+        before = [of[above] for of, above in zip(exact.T, (loss > config.target).T, strict=True)]
+        metrics["B_simple"] = [float(np.mean(of)) if of.size else math.nan for of in before]
         return metrics
 
     def plot(self, results: Results, ctx: Context) -> list[Path]:
@@ -558,21 +567,22 @@ def _rises(results: Results) -> Verdict:
 
 
 def _online(results: Results) -> Verdict:
-    steps = [t for t in results.config.noise_steps if t >= 50]
-    if not steps:
-        return Verdict("not testable", "needs 50 steps to average over")
-    exact = [results.mean("digits-noise", f"exact[{t}]") for t in steps]
-    # NaN, an average of g2 that is not positive, is a failure too.
-    ratios = {
-        t: results.mean("digits-noise", f"online[{t}]") / scale
-        if results.has("digits-noise", f"online[{t}]")
-        else math.nan
-        for t, scale in zip(steps, exact, strict=True)
-    }
-    return Verdict.of(
-        all(1 / 2.5 <= ratio <= 2.5 for ratio in ratios.values()),
-        ", ".join(f"{t}: {ratio:.2f} of it" for t, ratio in ratios.items()) + " (to 2.5)",
-    )
+    config = results.config
+    if config.noise_steps[-1] < 100:
+        return Verdict("not testable", "needs 100 steps to average over")
+    # An average over some 100 steps lags behind a scale that rises: it is held against the range
+    # that the exact one had in that time. One seed's g2 may be near 0, hence medians over seeds;
+    # NaN, where the average of g2 is not above 0, counts as infinity.
+    good, shown = True, []
+    for t in (t for t in config.noise_steps if t >= 100):
+        window = [s for s in config.noise_steps if t - 200 <= s <= t]
+        exact = [np.median(results.metric("digits-noise", f"exact[{s}]")) for s in window]
+        online = results.metric("digits-noise", f"online[{t}]")
+        missing = np.full(len(config.seeds) - online.size, np.inf)
+        value = float(np.median(np.append(online, missing)))
+        good &= min(exact) / 1.5 <= value <= 1.5 * max(exact)
+        shown.append(f"{t}: {value:.0f}, exact {min(exact):.0f} to {max(exact):.0f}")
+    return Verdict.of(good, "; ".join(shown) + " in 200 steps (to 1.5)")
 
 
 def _card(results: Results) -> Verdict:
@@ -613,7 +623,11 @@ BatchSize.claims = tuple(
         ),
         ("SGD's best rate grows with the batch size, then flattens", "kexue.fm 10542", _flat),
         ("the noise scale rises as the loss falls", "arXiv 1812.06162", _rises),
-        ("the training step's own microbatches tell it as well", "methods card", _online),
+        (
+            "the training step's own microbatches tell it as well, with an average's lag",
+            "methods card",
+            _online,
+        ),
         ("the fit is the card's", "methods card", _card),
     )
 )
