@@ -5,6 +5,7 @@ that the bounds of `jaxkit.theory.sgd` ask of it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -75,11 +76,17 @@ def norm(tree: Any) -> Float[Array, ""]:
       >>> print(norm({"w": jnp.array([3e30, 4e30])}))
       5e+30
     """
-    x = _ravel(tree)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))  # any scale gives the same
+    dtype = _wide(tree)
+    leaves = [x.astype(dtype) for x in jax.tree.leaves(tree)]
+    largest = functools.reduce(
+        jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in leaves), jnp.zeros((), dtype)
+    )
+    largest = jax.lax.stop_gradient(largest)  # the norm is the same for any scale
     usable = (largest > 0) & jnp.isfinite(largest)
-    scaled = jnp.where(usable, x / jnp.where(usable, largest, 1), 1)  # the root has no slope at 0
-    return jnp.where(usable, largest * jnp.sqrt(jnp.sum(scaled**2)), largest)
+    scale = jnp.where(usable, largest, 1)
+    square = sum((jnp.sum((x / scale) ** 2) for x in leaves), jnp.zeros((), dtype))
+    # The root has no slope at 0.
+    return jnp.where(usable, largest * jnp.sqrt(jnp.where(usable, square, 1)), largest)
 
 
 def unbounded() -> Domain:
@@ -397,11 +404,17 @@ def _widen(x: Any) -> Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
+def _wide(tree: Any) -> Any:
+    """float64 if any leaf is, else float32."""
+    found = any(x.dtype == jnp.float64 for x in jax.tree.leaves(tree))
+    return jnp.float64 if found else jnp.float32
+
+
 def _ravel(tree: Any) -> Array:
     """All entries as one vector, in float32 at least."""
-    leaves = [_widen(x) for x in jax.tree.leaves(tree)]
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
-    return jnp.concatenate([jnp.zeros(0, dtype), *(x.astype(dtype).reshape(-1) for x in leaves)])
+    dtype = _wide(tree)
+    leaves = [x.astype(dtype).reshape(-1) for x in jax.tree.leaves(tree)]
+    return jnp.concatenate([jnp.zeros(0, dtype), *leaves])
 
 
 def _unravel(vector: Array, like: Any) -> Any:
