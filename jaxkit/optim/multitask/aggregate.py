@@ -282,7 +282,9 @@ def aggregate(
       rows: how J is formed.
       update_every: solve for w in every so many steps only; the others take one backward pass.
       nonfinite: leave out tasks whose loss or gradient is not finite, with a weight of zero, and
-        keep the method's state as it is; or "propagate" them.
+        keep the method's state as it is; or "propagate" them. A task that divides by zero or
+        meets NaN, rather than overflow, spoils all rows: its part of the other tasks' backward
+        passes is 0·∞. Then u = 0.
       has_aux: whether `losses_fn` returns a pair.
       axis_name: inside `shard_map`, the axes over which parameters are split.
       **options: of the method.

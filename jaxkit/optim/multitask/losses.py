@@ -397,10 +397,11 @@ def dwa(
 
 
 class FAMOState(NamedTuple):
-    """Logits z of the weights with Adam's state, and the losses of the step before."""
+    """Logits z of the weights, Adam's two moments, and the losses of the step before."""
 
     z: Array
-    adam: Any
+    mu: Array
+    nu: Array
     last: Array
     steps: Array
 
@@ -412,9 +413,8 @@ def famo_init(tasks: int) -> FAMOState:
       >>> print(famo_init(2).z)
       [0. 0.]
     """
-    z = jnp.zeros(tasks)
-    adam = optax.scale_by_adam().init(z)
-    return FAMOState(z, adam, jnp.ones(tasks), jnp.zeros([], jnp.int32))
+    zeros = jnp.zeros(tasks)
+    return FAMOState(zeros, zeros, zeros, jnp.ones(tasks), jnp.zeros([], jnp.int32))
 
 
 def famo(
@@ -461,15 +461,15 @@ def famo(
         values = values - bounds
     if not is_traced(values):
         check_vector("losses less lower", values, len(losses), positive=True)
-    z, last = state.z.astype(values.dtype), state.last.astype(values.dtype)
+    z, mu, nu, last = (x.astype(values.dtype) for x in state[:4])
     change = jnp.log(last) - jnp.log(values)
     p = jax.nn.softmax(z)
-    slope = p * (change - p @ change) + decay * z
-    step, adam = optax.scale_by_adam().update(slope.astype(state.z.dtype), state.adam)
-    moved = z - learning_rate * step.astype(z.dtype)
-    first = state.steps == 0
-    z = jnp.where(first, z, moved)
-    adam = jax.tree.map(lambda old, new: jnp.where(first, old, new), state.adam, adam)
+    slope = jnp.where(state.steps > 0, p * (change - p @ change) + decay * z, 0)
+    mu, nu = 0.9 * mu + 0.1 * slope, 0.999 * nu + 0.001 * slope**2
+    # The first step has nothing to compare with.
+    updates = jnp.maximum(state.steps, 1).astype(values.dtype)
+    size = jnp.sqrt(nu / (1 - 0.999**updates)) + 1e-8
+    z = z - learning_rate * mu / (1 - 0.9**updates) / size
     weights = jax.nn.softmax(z) / values
-    new = FAMOState(z, adam, values, optax.safe_increment(state.steps))
+    new = FAMOState(z, mu, nu, values, optax.safe_increment(state.steps))
     return (weights / jnp.sum(weights)).astype(losses.dtype), _like(state, new)
