@@ -25,7 +25,7 @@ from jaxkit.optim.lazy import (
     swap_halves,
     tied_logits,
 )
-from jaxkit.optim.loss_scale import (
+from jaxkit.optim.loss_scaling import (
     LossScaleState,
     all_finite,
     dynamic_loss_scale,

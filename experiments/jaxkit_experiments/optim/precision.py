@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from jaxkit._checks import check_choice, check_int, check_real
-from jaxkit.optim.loss_scale import (
+from jaxkit.optim.loss_scaling import (
     dynamic_loss_scale,
     loss_scale,
     loss_scale_state,

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxkit.optim import check_optimizer
-from jaxkit.optim.loss_scale import (
+from jaxkit.optim.loss_scaling import (
     all_finite,
     dynamic_loss_scale,
     loss_scale,
