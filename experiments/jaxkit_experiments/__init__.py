@@ -31,6 +31,10 @@ REGISTRY: dict[str, str] = {
     "vq-digits": "jaxkit_experiments.vq.digits:DigitsVQ",
     "vq-digits-sweep": "jaxkit_experiments.vq.digits_sweep:DigitsVQSweep",
     "attention-constant-space": "jaxkit_experiments.vq.constant_space:ConstantSpace",
+    "eg-sparse-regression": "jaxkit_experiments.optim.sparse_regression:SparseRegression",
+    "eg-step-sizes": "jaxkit_experiments.optim.step_sizes:StepSizeAdaptation",
+    "batch-size": "jaxkit_experiments.optim.batch_size:BatchSize",
+    "sgd-bound": "jaxkit_experiments.optim.sgd_bound:SGDBound",
     "mixed-precision": "jaxkit_experiments.optim.precision:MixedPrecision",
 }
 
