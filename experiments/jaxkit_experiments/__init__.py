@@ -33,6 +33,8 @@ REGISTRY: dict[str, str] = {
     "attention-constant-space": "jaxkit_experiments.vq.constant_space:ConstantSpace",
     "eg-sparse-regression": "jaxkit_experiments.optim.sparse_regression:SparseRegression",
     "eg-step-sizes": "jaxkit_experiments.optim.step_sizes:StepSizeAdaptation",
+    "multitask-toy": "jaxkit_experiments.optim.multitask:Toy",
+    "multitask-digits": "jaxkit_experiments.optim.multitask:Digits",
     "batch-size": "jaxkit_experiments.optim.batch_size:BatchSize",
     "sgd-bound": "jaxkit_experiments.optim.sgd_bound:SGDBound",
     "mixed-precision": "jaxkit_experiments.optim.precision:MixedPrecision",
