@@ -27,10 +27,12 @@ def test_python_blocks_run_in_order_and_print_what_is_said():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    error, shape = done.stdout.splitlines()[:2]
+    error, shape, sampled, streamed = done.stdout.splitlines()
     assert 0 < float(error) < 1e-2
     assert shape.startswith("(4, 100, 16)")
     assert float(shape.split()[-1]) < 1e-4
+    assert sampled == "(2, 5)"
+    assert float(streamed) < 1e-4
 
 
 def test_experiments_that_are_named_exist():
