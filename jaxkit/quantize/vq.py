@@ -169,7 +169,7 @@ def vector_quantize(
       z: Vectors.
       update: Return a new state (training), rather than the same.
       key: Random key, for `temperature`, `gumbel` (which without one takes the nearest code) and
-        revival.
+        revival; the same on all devices.
       mask: False for vectors to leave out.
       codebook: How codes are learned: `ema`, `loss` (by their gradient) or `frozen`. Default:
         `loss` for `gumbel`, otherwise `ema`.
@@ -248,6 +248,8 @@ def vector_quantize(
         )
     # Without a key nothing below is random.
     search_key, revival_key = jax.random.split(jax.random.key(0) if key is None else key)
+    if axis_name is not None:  # other noise for the vectors of other devices
+        search_key = jax.random.fold_in(search_key, jax.lax.axis_index(axis_name))
 
     dtype, wide = z.dtype, wide_dtype(z, state.codebook)
     codes = state.codebook.astype(wide)

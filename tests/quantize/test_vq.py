@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxkit.quantize import (
     ESTIMATORS,
@@ -245,6 +247,32 @@ def test_gumbel_without_a_key_takes_the_nearest_code(metric):
     equal(out.z_q, lookup(unit(codes), out.index))
     assert out.losses == {}
     equal(gradient, mixture(z, codes))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"estimator": "gumbel"}])
+def test_devices_draw_noise_of_their_own(options):
+    """From one key, with which all of them revive the same codes."""
+    z = jnp.tile(random(9, 3), (8, 1))
+    state = vq_init(random(6, 3, seed=1))
+
+    def step(z):
+        out = vector_quantize(
+            state,
+            z,
+            update=True,
+            key=jax.random.key(0),
+            revival_threshold=1.0,
+            axis_name="data",
+            **options,
+        )
+        return out.index, out.state
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    spread = jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P()))
+    index, new = jax.jit(spread)(z)
+    assert len({tuple(row) for row in np.asarray(index).reshape(8, 9)}) == 8
+    counts = 0.99 + 0.01 * np.bincount(np.asarray(index), minlength=6)
+    np.testing.assert_allclose(new.ema.counts, np.maximum(counts, 1.0), rtol=1e-14)
 
 
 def test_product_codes_are_one_quantizer_a_head():
