@@ -278,24 +278,20 @@ def test_devices_draw_noise_of_their_own(options):
 def test_product_codes_are_one_quantizer_a_head():
     z, codebooks = random(5, 8, 6), random(2, 7, 3, seed=1)
     mask = jnp.asarray(np.random.default_rng(2).random((5, 8)) > 0.3)
-    options = {"update": True, "estimator": "rotation", "mask": mask}
-    out = jax.jit(partial(product_quantize, update=True, estimator="rotation"))(
-        jax.vmap(vq_init)(codebooks), z, mask=mask
-    )
+    options = {"update": True, "estimator": "rotation"}
+    one = jax.jit(partial(vector_quantize, **options))
+    out = jax.jit(partial(product_quantize, **options))(jax.vmap(vq_init)(codebooks), z, mask=mask)
     assert out.index.shape == (5, 8, 2)
     for head in range(2):
-        own = vector_quantize(vq_init(codebooks[head]), split_heads(z, 2)[..., head, :], **options)
+        own = one(vq_init(codebooks[head]), split_heads(z, 2)[..., head, :], mask=mask)
         equal(split_heads(out.z_q, 2)[..., head, :], own.z_q)
         np.testing.assert_array_equal(out.index[..., head], own.index)
         equal(jax.tree.map(lambda x, head=head: x[head], out.state), own.state)
-    shared = product_quantize(vq_init(codebooks[0]), z, mask=mask, update=True)
-    parts = split_heads(z, 2)
-    own = vector_quantize(
-        vq_init(codebooks[0]), parts, mask=jnp.stack([mask, mask], -1), update=True
-    )
+    shared = jax.jit(partial(product_quantize, **options))(vq_init(codebooks[0]), z, mask=mask)
+    own = one(vq_init(codebooks[0]), split_heads(z, 2), mask=jnp.stack([mask, mask], -1))
     equal(shared, own._replace(z_q=merge_heads(own.z_q)))
-    keyed = product_quantize(
-        jax.vmap(vq_init)(codebooks), z, key=jax.random.key(0), temperature=1.0
+    keyed = jax.jit(partial(product_quantize, temperature=1.0))(
+        jax.vmap(vq_init)(codebooks), z, key=jax.random.key(0)
     )
     assert keyed.index.shape == (5, 8, 2)
 
@@ -305,8 +301,9 @@ def test_residual_codes():
     states = [vq_init(random(n, 4, seed=n) / (i + 1)) for i, n in enumerate((5, 6, 7))]
     out = jax.jit(partial(residual_quantize, update=True))(states, z)
     residual, total, losses = np.asarray(z), 0.0, 0.0
+    one = jax.jit(partial(vector_quantize, update=True))
     for stage, state in enumerate(states):
-        own = vector_quantize(state, jnp.asarray(residual), update=True)
+        own = one(state, jnp.asarray(residual))
         np.testing.assert_array_equal(out.index[:, stage], own.index)
         equal(out.state[stage], own.state)
         total = total + np.asarray(own.z_q)
@@ -356,9 +353,10 @@ def test_residual_stages_can_be_left_out():
         equal(out.state[:2], two.state)
         equal(out.state[2], states[2])
         np.testing.assert_array_equal(out.index[:, 2], 5)
-    each = residual_quantize(states, z, stages=jnp.arange(9) % 3 + 1)
+    numbers = jnp.arange(9) % 3 + 1
+    each = run(states, z, stages=numbers)
     for row in range(9):
-        one = residual_quantize(states, z[row], stages=row % 3 + 1)
+        one = run(states, z[row], stages=numbers[row])
         equal(each.z_q[row], one.z_q)
         np.testing.assert_array_equal(each.index[row], one.index)
 
