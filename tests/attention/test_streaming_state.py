@@ -322,7 +322,7 @@ def test_card_accumulator_precision():
                 short.append(1 - state.l * np.exp(state.m - lse))
     assert np.mean(errors["bf16"]) > 0.05
     assert np.mean(errors["bf16 inputs"]) < 1e-3
-    assert np.mean(errors["f32"]) < 1e-5
+    assert np.mean(errors["f32"]) <= 1.8e-6
     assert 0.46 < np.mean(short) < 0.66
 
 
