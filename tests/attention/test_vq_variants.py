@@ -144,12 +144,12 @@ def test_soft_codes_that_nothing_reaches_do_no_harm():
     codebook = jnp.concatenate([draw(1, 6, 4), jnp.full((1, 1, 4), 30.0)], axis=1)
     q = 5 * draw(1, 1, 40, 4) + 3
 
-    @jit
     def run(q, k, v, codebook):
         out = vq.soft_attention(q, k, v, codebook, temperature=0.01, block_length=8)
         return jnp.sum(out**2), out
 
-    (_, out), grads = jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, codebook)
+    both = jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True))
+    (_, out), grads = both(q, k, v, codebook)
     assert float(jnp.abs(out).max()) <= float(jnp.abs(v).max()) * (1 + 1e-5)
     for grad in grads:
         assert bool(jnp.isfinite(grad).all())
