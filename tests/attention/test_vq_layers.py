@@ -257,19 +257,25 @@ def test_statistics_are_global_sums_over_devices():
     codebook = layer.codebook()
     k = jnp.asarray(np.random.default_rng(2).standard_normal((8, 1, 5, 4)))
     codes = vq.nearest_codes(k, codebook)
+    codes = codes.at[3].set(codebook.shape[1])  # a device whose tokens are all padding
 
     def local(k, codes):
         found = vq.code_statistics(k, codes, codebook, axis_name="data")
-        return found.sums, found.counts
+        return found.commitment, (found.sums, found.counts)
 
     part = PartitionSpec("data")
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(part, part), out_specs=PartitionSpec(), check_vma=False
-    )
-    whole = vq.code_statistics(k, codes, codebook)
-    sums, counts = jit(mapped)(k, codes)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(part, part), out_specs=PartitionSpec())
+    (commitment, (sums, counts)), slope = jit(jax.value_and_grad(mapped, has_aux=True))(k, codes)
+
+    def alone(k):
+        found = vq.code_statistics(k, codes, codebook)
+        return found.commitment, found
+
+    (_, whole), expected = jax.value_and_grad(alone, has_aux=True)(k)
     np.testing.assert_allclose(sums, whole.sums, atol=1e-12)
     np.testing.assert_array_equal(counts, whole.counts)
+    np.testing.assert_allclose(commitment, whole.commitment, rtol=1e-12)
+    np.testing.assert_allclose(slope, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_half_precision_activations():
