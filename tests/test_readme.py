@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, block after block, as a reader would type it."""
 
+import json
 import os
 import pathlib
 import re
@@ -27,10 +28,14 @@ def test_python_blocks_run_in_order_and_print_what_is_said():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    error, shape = done.stdout.splitlines()[:2]
+    error, shape, losses, streamed, sampled = done.stdout.splitlines()
     assert 0 < float(error) < 1e-2
     assert shape.startswith("(4, 100, 16)")
     assert float(shape.split()[-1]) < 1e-4
+    first, *_, last = json.loads(losses)
+    assert last < first
+    assert float(streamed) < 1e-4
+    assert sampled == "(2, 5)"
 
 
 def test_experiments_that_are_named_exist():

@@ -31,6 +31,7 @@ REGISTRY: dict[str, str] = {
     "vq-digits": "jaxkit_experiments.vq.digits:DigitsVQ",
     "vq-digits-sweep": "jaxkit_experiments.vq.digits_sweep:DigitsVQSweep",
     "attention-constant-space": "jaxkit_experiments.vq.constant_space:ConstantSpace",
+    "attention-scratchpad": "jaxkit_experiments.vq.scratchpad:Scratchpad",
     "eg-sparse-regression": "jaxkit_experiments.optim.sparse_regression:SparseRegression",
     "eg-step-sizes": "jaxkit_experiments.optim.step_sizes:StepSizeAdaptation",
     "multitask-toy": "jaxkit_experiments.optim.multitask:Toy",

@@ -51,11 +51,15 @@ def check_mask(mask: Bool[Array, "..."] | None, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_index(index: Array, name: str = "index") -> None:
-    """Raise unless `index` is an array of integers."""
+def check_index(index: Array, name: str = "index") -> Array:
+    """`index` in 32 bits at least, or raise unless it is an array of integers.
+
+    Codes may be stored in 8 or 16 bits, into which the number of codes need not fit.
+    """
     dtype = getattr(index, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"{name} must be an array of integers; got {dtype if dtype else index!r}.")
+    return index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
 
 
 def across(x: Array, like: Array) -> Array:

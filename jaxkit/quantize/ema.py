@@ -118,7 +118,7 @@ def batch_statistics(
     """
     num_codes = check_int("num_codes", num_codes, least=1)
     dim = check_vectors(z)
-    check_index(index)
+    index = check_index(index)
     if tuple(index.shape) != tuple(z.shape[:-1]):
         raise ValueError(
             f"index must have shape {tuple(z.shape[:-1])}, one entry a vector; got "

@@ -23,7 +23,7 @@ from jaxkit._checks import check_choice, check_real
 from jaxkit._typing import Array, Bool, Float, Int, Key
 from jaxkit.quantize._common import check_vectors, select_rows, wide_dtype
 from jaxkit.quantize._sharding import BATCH, VECTORS, automatic
-from jaxkit.quantize.search import code_logits, lookup, normalize
+from jaxkit.quantize.search import code_logits, lookup, nearest_code, normalize
 
 __all__ = ["ESTIMATORS", "estimate", "gumbel_softmax_code"]
 
@@ -150,7 +150,7 @@ def estimate(
 
 @automatic((VECTORS, BATCH))
 def gumbel_softmax_code(
-    key: Key,
+    key: Key | None,
     z: Float[Array, "*batch dim"],
     codebook: Float[Array, "codes dim"],
     *,
@@ -163,10 +163,12 @@ def gumbel_softmax_code(
 
     With Gumbel noise n, `y = softmax((-‖z - e_k‖² + n_k)/temperature)`, and the drawn index is its
     argmax. The result is the drawn code with the gradient of `Σ_k y_k e_k` (`hard`), or this sum
-    itself. Gradients go to `z` and to the codebook. O(T K) memory.
+    itself. Gradients go to `z` and to the codebook: that is how codes learn here. A commitment or
+    codebook loss does harm: it pulls vectors and codes drawn at random to each other, until all of
+    them are one point. O(T K) memory.
 
     Args:
-      key: Random key.
+      key: Random key; None for no noise (evaluation): the nearest code.
       z: Vectors.
       codebook: Codes.
       temperature: Of the relaxation, above 0. It does not change which code is drawn.
@@ -198,9 +200,12 @@ def gumbel_softmax_code(
     codes = normalize(codes) if metric == "cosine" else codes
     # Rows without a code take part with zeros, and their noise moves no other row.
     logits = jnp.where(usable[..., None], logits, 0)
-    noisy = logits + jax.random.gumbel(key, logits.shape, wide)
-    index = jnp.where(usable, jnp.argmax(noisy, axis=-1).astype(jnp.int32), codes.shape[0])
-    weights = jax.nn.softmax(noisy / temperature, axis=-1)
+    if key is None:
+        index = nearest_code(z, codebook, metric=metric, mask=mask)
+    else:
+        logits = logits + jax.random.gumbel(key, logits.shape, wide)
+        index = jnp.where(usable, jnp.argmax(logits, axis=-1).astype(jnp.int32), codes.shape[0])
+    weights = jax.nn.softmax(logits / temperature, axis=-1)
     mixture = jnp.einsum("...k,kd->...d", weights, codes, precision="highest")
     drawn = lookup(jax.lax.stop_gradient(codes), index)
     z_q = _estimate("ste", 0.0, mixture, drawn) if hard else mixture

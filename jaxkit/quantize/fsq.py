@@ -246,7 +246,7 @@ def fsq_code(
     """
     levels = _check_levels(levels)
     names = _check_conventions(convention, len(levels))
-    check_index(index)
+    index = check_index(index)
     valid = (index >= 0) & (index < math.prod(levels))
     index = jnp.where(valid, index, 0).astype(jnp.int32)[..., None]
     basis = across(jnp.asarray(_basis(levels)), index)

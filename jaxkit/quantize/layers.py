@@ -14,7 +14,14 @@ from flax import nnx
 
 from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit._typing import Array, Bool, DType, Float, Int, Key
-from jaxkit.quantize._common import METRICS, across, check_mask, check_vectors, select_rows
+from jaxkit.quantize._common import (
+    METRICS,
+    across,
+    check_index,
+    check_mask,
+    check_vectors,
+    select_rows,
+)
 from jaxkit.quantize.ema import EMAState
 from jaxkit.quantize.estimators import ESTIMATORS
 from jaxkit.quantize.fsq import FSQOutput, fsq, fsq_code
@@ -25,7 +32,7 @@ from jaxkit.quantize.product import merge_heads, product_quantize, split_heads
 from jaxkit.quantize.residual import residual_init, residual_quantize
 from jaxkit.quantize.search import lookup, normalize
 from jaxkit.quantize.simvq import simvq_codebook, simvq_init
-from jaxkit.quantize.vq import VQOutput, VQState, vector_quantize, vq_init
+from jaxkit.quantize.vq import VQOutput, VQState, default_codebook, vector_quantize, vq_init
 
 __all__ = ["FSQ", "LFQ", "CodebookState", "ResidualVQ", "VectorQuantizer"]
 
@@ -44,7 +51,8 @@ class VectorQuantizer(nnx.Module):
       dim: Features of a vector.
       num_codes: K of each codebook.
       codebook: How codes are learned: `ema`, `loss` (an `nnx.Param`, by the codebook loss), `simvq`
-        (frozen codes times a learned matrix, by the same loss) or `frozen`.
+        (frozen codes times a learned matrix, by the same loss) or `frozen`. Default: `loss` for the
+        estimator `gumbel`, otherwise `ema`.
       estimator: `ste`, `rotation`, `rotation_unscaled`, `reflection`, `none` or `gumbel`.
       metric: `euclidean` or `cosine`.
       heads: Split vectors into so many parts, each with a code of its own.
@@ -53,7 +61,7 @@ class VectorQuantizer(nnx.Module):
       dtype: Of the codebook, float32 or float64.
       rngs: Random keys; `params` is used.
       **options: Of `vector_quantize`: decay, smoothing, weights of losses, revival, temperature….
-        `temperature` applies in training only.
+        `temperature` and the noise of `gumbel` apply in training only.
 
     Raises:
       ValueError: If an argument is out of range or does not go with another.
@@ -76,7 +84,7 @@ class VectorQuantizer(nnx.Module):
         dim: int,
         num_codes: int,
         *,
-        codebook: str = "ema",
+        codebook: str | None = None,
         estimator: str = "ste",
         metric: str = "euclidean",
         heads: int = 1,
@@ -89,8 +97,9 @@ class VectorQuantizer(nnx.Module):
         self.dim = check_int("dim", dim, least=1)
         self.num_codes = check_int("num_codes", num_codes, least=1)
         self.heads = check_int("heads", heads, least=1)
-        check_choice("codebook", codebook, LEARNED)
         check_choice("estimator", estimator, (*ESTIMATORS, "gumbel"))
+        codebook = default_codebook(estimator) if codebook is None else codebook
+        check_choice("codebook", codebook, LEARNED)
         check_choice("metric", metric, METRICS)
         check_choice("init", init, INITS)
         if dim % heads:
@@ -213,7 +222,7 @@ class VectorQuantizer(nnx.Module):
         Args:
           z: Vectors.
           train: Update statistics (and EMA codes), revive, and store the new state.
-          key: Random key, for a temperature, `gumbel` and revival.
+          key: Random key, for a temperature, `gumbel` and revival; used in training only.
           mask: False for vectors to leave out.
           axis_name: Mesh axes over which the batch is spread, inside `shard_map`.
 
@@ -233,7 +242,7 @@ class VectorQuantizer(nnx.Module):
             self.state(),
             z,
             update=train,
-            key=key,
+            key=key if train else None,
             mask=mask,
             codebook="loss" if self.learned == "simvq" else self.learned,
             axis_name=axis_name,
@@ -408,6 +417,7 @@ class ResidualVQ(nnx.Module):
 
         If no stage has a code, the vector had none: NaN.
         """
+        index = check_index(index)
         codes = [
             lookup(stage.codebook(), index[..., i], pad="zeros")
             for i, stage in enumerate(self.stages)
@@ -543,7 +553,8 @@ class LFQ(nnx.Module):
         z = normalize(z) if self.spherical else z
         out = lfq(z, scale=self.scale, bit_order=self.bit_order, mask=mask)
         losses = {
-            "commitment": self.commitment_weight * commitment_loss(z, out.z_q, mask=mask),
+            "commitment": self.commitment_weight
+            * commitment_loss(z, out.z_q, mask=mask, axis_name=axis_name),
             "entropy": self.entropy_weight
             * lfq_entropy_loss(
                 z,

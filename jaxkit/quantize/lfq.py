@@ -159,7 +159,7 @@ def lfq_code(
       [ 1. -1.  1. -1.]
     """
     dim = check_int("dim", dim, least=1)
-    check_index(index)
+    index = check_index(index)
     _check_bits(jnp.zeros(dim), name="dim")
     valid = ((index >= 0) & (index < 2**dim))[..., None]
     powers = _powers(dim, bit_order)
@@ -171,7 +171,8 @@ def lfq_code(
 
 def _binary_entropy(logit: Array) -> Array:
     """h(σ(x)) = softplus(-|x|) + |x| σ(-|x|) in nats, without cancellation for large |x|."""
-    size = jnp.abs(logit)
+    # Long before the bound both terms are exactly 0; at infinity the second would be ∞ · 0.
+    size = jnp.minimum(jnp.abs(logit), 1e4)
     return jax.nn.softplus(-size) + size * jax.nn.sigmoid(-size)
 
 

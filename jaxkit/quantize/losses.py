@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-def _mean_square(z: Array, q: Array, mask: Array | None, reduction: str) -> Array:
+def _mean_square(z: Array, q: Array, mask: Array | None, reduction: str, axis_name) -> Array:
     dim = check_vectors(z)
     if tuple(q.shape) != tuple(z.shape):
         raise ValueError(f"q must have the shape {z.shape} of z; got {tuple(q.shape)}.")
@@ -38,22 +38,20 @@ def _mean_square(z: Array, q: Array, mask: Array | None, reduction: str) -> Arra
     check_choice("reduction", reduction, ("mean", "sum"))
     wide = wide_dtype(z, q)
     gap = z.astype(wide) - q.astype(wide)
-    if mask is None:
-        rows = jnp.asarray(max(gap.size // dim, 1), wide)
-    else:
-        # Selected before squaring: what a masked row holds, NaN included, reaches no gradient.
-        gap = jnp.where(mask[..., None], gap, 0)
-        rows = jnp.maximum(jnp.sum(mask), 1).astype(wide)
-    total = jnp.sum(gap**2) / rows
+    # Selected before squaring: what a masked row holds, NaN included, reaches no gradient.
+    squares = jnp.sum(select_rows(mask, gap) ** 2, axis=-1).reshape(-1)
+    total = weighted_mean_rows(squares, None if mask is None else mask.reshape(-1), axis_name)
     return total / dim if reduction == "mean" else total
 
 
+@automatic(EVERYWHERE)
 def commitment_loss(
     z: Float[Array, "*batch dim"],
     q: Float[Array, "*batch dim"],
     *,
     mask: Bool[Array, "*batch"] | None = None,
     reduction: str = "mean",
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
     """`‖z - sg(q)‖²`: moves vectors towards their codes.
 
@@ -63,6 +61,8 @@ def commitment_loss(
       mask: False for vectors to leave out.
       reduction: Over features: `mean` (all elements are averaged) or `sum` (Transformer-VQ).
         Vectors are always averaged.
+      axis_name: Mesh axes over which `z` is spread, inside `shard_map`: the mean is then over the
+        vectors of all devices.
 
     Returns:
       A scalar in float32 (float64 if an argument has it); 0 without vectors.
@@ -78,15 +78,17 @@ def commitment_loss(
 
     Source: van den Oord et al. 2017 (arXiv 1711.00937).
     """
-    return _mean_square(z, jax.lax.stop_gradient(q), mask, reduction)
+    return _mean_square(z, jax.lax.stop_gradient(q), mask, reduction, axis_name)
 
 
+@automatic(EVERYWHERE)
 def codebook_loss(
     z: Float[Array, "*batch dim"],
     q: Float[Array, "*batch dim"],
     *,
     mask: Bool[Array, "*batch"] | None = None,
     reduction: str = "mean",
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
     """`‖q - sg(z)‖²`: moves codes towards their vectors.
 
@@ -98,6 +100,7 @@ def codebook_loss(
       q: Their codes, from `lookup`.
       mask: False for vectors to leave out.
       reduction: As in `commitment_loss`.
+      axis_name: As in `commitment_loss`.
 
     Returns:
       A scalar in float32 (float64 if an argument has it); 0 without vectors.
@@ -113,7 +116,7 @@ def codebook_loss(
 
     Source: van den Oord et al. 2017 (arXiv 1711.00937).
     """
-    return _mean_square(jax.lax.stop_gradient(z), q, mask, reduction)
+    return _mean_square(jax.lax.stop_gradient(z), q, mask, reduction, axis_name)
 
 
 def orthogonality_loss(codebook: Float[Array, "codes dim"]) -> Float[Array, ""]:
@@ -152,11 +155,12 @@ def orthogonality_loss(codebook: Float[Array, "codes dim"]) -> Float[Array, ""]:
 def weighted_mean_rows(x: Array, mask: Array | None, axis_name=None) -> Array:
     """Mean of `x` [tokens, ...] over its (unmasked) rows, on all devices; 0 without rows."""
     if mask is None:
-        rows = jnp.asarray(x.shape[0], x.dtype)
+        rows = jnp.int32(x.shape[0])
     else:
         x = jnp.where(jnp.expand_dims(mask, range(1, x.ndim)), x, 0)
-        rows = jnp.sum(mask).astype(x.dtype)
-    return psum(jnp.sum(x, axis=0), axis_name) / jnp.maximum(psum(rows, axis_name), 1)
+        rows = jnp.sum(mask, dtype=jnp.int32)
+    rows = jnp.maximum(psum(rows, axis_name), 1)
+    return psum(jnp.sum(x, axis=0), axis_name) / rows.astype(x.dtype)
 
 
 def entropy(p: Array, axis: int = -1) -> Array:

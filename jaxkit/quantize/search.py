@@ -252,7 +252,7 @@ def lookup(
       [[2.0], [1.0], [nan]]
     """
     num_codes, _ = check_codebook(codebook)
-    check_index(index)
+    index = check_index(index)
     check_choice("pad", pad, ("nan", "zeros"))
     inside = (index >= 0) & (index < num_codes)  # a negative index would count from the end
     return jnp.take(

@@ -44,7 +44,7 @@ def code_counts(
       [1 0 2]
     """
     num_codes = check_int("num_codes", num_codes, least=1)
-    check_index(index)
+    index = check_index(index)
     check_mask(mask, index.shape)
     inside = (index >= 0) & (index < num_codes)
     inside = inside if mask is None else inside & mask

@@ -1,6 +1,6 @@
 """The whole step of a vector quantizer, `(state, z) -> (z_q, index, losses, new_state)`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,16 @@ def vq_init(codebook: Float[Array, "codes dim"], *, count: float = 1.0) -> VQSta
     return VQState(codebook, ema_init(codebook, count=count))
 
 
+def _used(number: Any) -> bool:
+    """Whether a weight, a threshold or a temperature is not known to be 0."""
+    return is_traced(number) or number > 0
+
+
+def default_codebook(estimator: str) -> str:
+    """How codes are learned unless one says: by Gumbel-softmax's own gradient, else by averages."""
+    return "loss" if estimator == "gumbel" else "ema"
+
+
 def _update(state, z, index, *, key, codebook, metric, mask, axis_name, decay, smoothing, revival):
     """The state after a batch. `z` is normalised if the metric is the cosine."""
     sums, counts = batch_statistics(
@@ -99,7 +109,7 @@ def _update(state, z, index, *, key, codebook, metric, mask, axis_name, decay, s
         codes = ema_codebook(ema, previous=codes, **smoothing)
         codes = normalize(codes) if metric == "cosine" else codes
     threshold, reset_size = revival
-    if is_traced(threshold) or threshold > 0:
+    if _used(threshold):
         ema, replaced, rows = revive_rows(
             key, ema, z, threshold=threshold, reset_size=reset_size, mask=mask, axis_name=axis_name
         )
@@ -115,7 +125,7 @@ def vector_quantize(
     update: bool = False,
     key: Key | None = None,
     mask: Bool[Array, "*batch"] | None = None,
-    codebook: str = "ema",
+    codebook: str | None = None,
     estimator: str = "ste",
     metric: str = "euclidean",
     decay: float = 0.99,
@@ -126,8 +136,8 @@ def vector_quantize(
     reset_size: float | None = None,
     temperature: float = 0.0,
     gumbel_temperature: float = 1.0,
-    commitment_weight: float = 0.25,
-    codebook_weight: float = 1.0,
+    commitment_weight: float | None = None,
+    codebook_weight: float | None = None,
     orthogonality_weight: float = 0.0,
     entropy_weight: float = 0.0,
     entropy_temperature: float = 1.0,
@@ -145,7 +155,10 @@ def vector_quantize(
     (the second for `codebook="loss"`), and, if weighted, the regularisers of
     `jaxkit.quantize.losses`; then, if `update`, the new statistics, codes, and revival, all from
     this batch. The codes returned are those before the update. With `metric="cosine"` both `z` and
-    the codes are normalised first, and `z_q` is a unit vector.
+    the codes are normalised first, and `z_q` is a unit vector. A loss of weight 0 is left out.
+
+    With `estimator="gumbel"` codes learn by its gradient, and both losses are off by default: see
+    `gumbel_softmax_code` for why.
 
     A vector that is not finite gets the index K and z_q = NaN, so that every loss shows it; it
     enters neither the statistics nor a revival. A masked vector gets the index K and z_q = 0, and
@@ -155,9 +168,11 @@ def vector_quantize(
       state: Codebook and statistics, from `vq_init`.
       z: Vectors.
       update: Return a new state (training), rather than the same.
-      key: Random key, for `temperature`, `gumbel` and revival.
+      key: Random key, for `temperature`, `gumbel` (which without one takes the nearest code) and
+        revival; the same on all devices.
       mask: False for vectors to leave out.
-      codebook: How codes are learned: `ema`, `loss` (by their gradient) or `frozen`.
+      codebook: How codes are learned: `ema`, `loss` (by their gradient) or `frozen`. Default:
+        `loss` for `gumbel`, otherwise `ema`.
       estimator: `ste`, `rotation`, `rotation_unscaled`, `reflection`, `none`, see `estimate`; or
         `gumbel`, see `gumbel_softmax_code`.
       metric: `euclidean` or `cosine`.
@@ -169,8 +184,9 @@ def vector_quantize(
       reset_size: Their new count. Default: the threshold.
       temperature: Above 0, codes are drawn (`sample_code`) instead of taking the nearest.
       gumbel_temperature: Of the relaxation, for `gumbel`.
-      commitment_weight: Weight of the loss on z.
-      codebook_weight: Weight of the loss on the codes, for `codebook="loss"`.
+      commitment_weight: Weight of the loss on z. Default: 0.25; 0 for `gumbel`.
+      codebook_weight: Weight of the loss on the codes, for `codebook="loss"`. Default: 1; 0 for
+        `gumbel`.
       orthogonality_weight: Weight of `orthogonality_loss`.
       entropy_weight: Weight of `entropy_loss`, with the next two.
       entropy_temperature: Of the soft assignment.
@@ -199,8 +215,14 @@ def vector_quantize(
     Source: van den Oord et al. 2017 (arXiv 1711.00937); Fifty et al. 2024 (arXiv 2410.06424); post
     10489.
     """
-    check_choice("codebook", codebook, CODEBOOKS)
     check_choice("estimator", estimator, (*ESTIMATORS, "gumbel"))
+    gumbel = estimator == "gumbel"
+    codebook = default_codebook(estimator) if codebook is None else codebook
+    check_choice("codebook", codebook, CODEBOOKS)
+    if commitment_weight is None:
+        commitment_weight = 0.0 if gumbel else 0.25
+    if codebook_weight is None:
+        codebook_weight = 0.0 if gumbel else 1.0
     check_choice("metric", metric, METRICS)
     check_vectors(z, check_codebook(state.codebook)[1])
     check_mask(mask, z.shape[:-1])
@@ -213,20 +235,21 @@ def vector_quantize(
         ("entropy_weight", entropy_weight),
     ):
         check_real(name, value, least=0)
-    reviving = is_traced(revival_threshold) or revival_threshold > 0
+    reviving = _used(revival_threshold)
     if reviving and codebook == "frozen":
         raise ValueError(
             f"revival_threshold must be 0 for a frozen codebook; got {revival_threshold!r}."
         )
-    sampling = is_traced(temperature) or temperature > 0
-    gumbel = estimator == "gumbel"
-    if key is None and (sampling or gumbel or (update and reviving)):
+    sampling = _used(temperature)
+    if key is None and (sampling or (update and (gumbel or reviving))):
         raise ValueError(
-            "key must be a random key for temperature > 0, estimator 'gumbel', and an update with "
-            "revival_threshold > 0; got None."
+            "key must be a random key for temperature > 0, and for an update with estimator "
+            "'gumbel' or revival_threshold > 0; got None."
         )
     # Without a key nothing below is random.
     search_key, revival_key = jax.random.split(jax.random.key(0) if key is None else key)
+    if axis_name is not None:  # other noise for the vectors of other devices
+        search_key = jax.random.fold_in(search_key, jax.lax.axis_index(axis_name))
 
     dtype, wide = z.dtype, wide_dtype(z, state.codebook)
     codes = state.codebook.astype(wide)
@@ -237,7 +260,7 @@ def vector_quantize(
 
     if gumbel:
         z_q, index = gumbel_softmax_code(
-            search_key,
+            None if key is None else search_key,
             z,
             jax.lax.stop_gradient(codes) if codebook == "ema" else codes,
             temperature=gumbel_temperature,
@@ -252,19 +275,21 @@ def vector_quantize(
     if not gumbel:
         z_q = select_rows(mask, estimate(z, q.astype(dtype), estimator=estimator))
 
-    losses = {"commitment": commitment_weight * commitment_loss(z, q, mask=mask)}
-    if codebook == "loss":
-        losses["codebook"] = codebook_weight * codebook_loss(z, q, mask=mask)
-    if is_traced(orthogonality_weight) or orthogonality_weight > 0:
+    of_batch: dict[str, Any] = {"mask": mask, "axis_name": axis_name}
+    losses = {}
+    if _used(commitment_weight):
+        losses["commitment"] = commitment_weight * commitment_loss(z, q, **of_batch)
+    if codebook == "loss" and _used(codebook_weight):
+        losses["codebook"] = codebook_weight * codebook_loss(z, q, **of_batch)
+    if _used(orthogonality_weight):
         losses["orthogonality"] = orthogonality_weight * orthogonality_loss(codes)
-    if is_traced(entropy_weight) or entropy_weight > 0:
+    if _used(entropy_weight):
         losses["entropy"] = entropy_weight * entropy_loss(
             z,
             codes,
             temperature=entropy_temperature,
             diversity_weight=diversity_weight,
-            mask=mask,
-            axis_name=axis_name,
+            **of_batch,
         )
     if update:
         state = _update(
@@ -274,10 +299,9 @@ def vector_quantize(
             key=revival_key,
             codebook=codebook,
             metric=metric,
-            mask=mask,
-            axis_name=axis_name,
             decay=decay,
             smoothing={"smoothing": smoothing, "epsilon": epsilon, "floor": floor},
             revival=(revival_threshold, reset_size),
+            **of_batch,
         )
     return VQOutput(z_q, index, losses, state)

@@ -7,6 +7,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxkit_kernels import _sharding
+
 __all__ = ["check_device", "launch"]
 
 
@@ -67,10 +69,15 @@ def launch(
         body(jax.lax.axis_index("head"), jax.lax.axis_index("tile"), *refs)
 
     by_name.__name__ = name
-    return plgpu.kernel(
-        by_name,
-        out_type=out_shape,
-        grid=grid,
-        grid_names=("head", "tile"),
-        compiler_params=plgpu.CompilerParams(),
-    )
+
+    def run(*operands: jax.Array) -> jax.Array:
+        out = plgpu.kernel(
+            by_name,
+            out_type=_sharding.result(out_shape.shape, out_shape.dtype, *operands),
+            grid=grid,
+            grid_names=("head", "tile"),
+            compiler_params=plgpu.CompilerParams(),
+        )(*operands)
+        return _sharding.vary(out, *operands)
+
+    return run

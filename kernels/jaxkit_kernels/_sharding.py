@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["check_not_explicit", "result", "vary"]
+__all__ = ["check_not_explicit", "result", "together", "vary"]
 
 
 def check_not_explicit(*operands: jax.Array) -> None:
@@ -75,3 +75,24 @@ def vary(value: jax.Array, *operands: jax.Array) -> jax.Array:
     """
     missing = tuple(sorted(_varying(operands) - _varying((value,))))
     return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+
+def together(*operands: jax.Array | None) -> tuple[Any, ...]:
+    """The operands, with types that inside `jax.shard_map` vary along the same mesh axes.
+
+    To be called outside of a `custom_vjp`, whose backward pass then gives cotangents of these
+    types; that of an operand which was the same on all devices is added up over them by JAX.
+
+    Args:
+        *operands: arrays, or None.
+
+    Returns:
+        As many.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> together(jnp.ones(2), None)[1] is None
+        True
+    """
+    arrays = [operand for operand in operands if operand is not None]
+    return tuple(None if operand is None else vary(operand, *arrays) for operand in operands)

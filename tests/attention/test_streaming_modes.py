@@ -23,10 +23,15 @@ TABLE = {
 @functools.cache
 def toy(layers, *, window=None, dtype="float64", dim=4, heads=2, groups=1):
     model = streaming.toy_model(layers, window=window)
-    params = streaming.init_toy(
-        jax.random.key(layers), model, vocab=11, dim=dim, heads=heads, groups=groups, dtype=dtype
+    shapes = jax.eval_shape(
+        lambda key: streaming.init_toy(
+            key, model, vocab=11, dim=dim, heads=heads, groups=groups, dtype=dtype
+        ),
+        jax.random.key(0),
     )
-    return model, params
+    rng = np.random.default_rng(layers)
+    draw = lambda s: jnp.asarray(rng.standard_normal(s.shape) / math.sqrt(dim), s.dtype)
+    return model, jax.tree.map(draw, shapes)
 
 
 def some_tokens(length, seed=0):
@@ -222,7 +227,7 @@ def test_program_size_does_not_explode_with_depth():
     def equations(layers, implementation):
         model, params = toy(layers)
         run = lambda t: recompute(model, params, t, implementation=implementation, limit=None)[0]
-        return str(jax.make_jaxpr(run)(some_tokens(4))).count(" = ")
+        return str(jax.make_jaxpr(run)(np.zeros(4, np.int32))).count(" = ")
 
     nested = [equations(n, "nested") for n in (2, 4, 6)]
     assert nested[2] - nested[1] == nested[1] - nested[0]  # linear, not 2^N
@@ -261,6 +266,16 @@ def test_recompute_under_vmap_and_jvp(implementation):
     value = jax.jit(value)
     want = (value(1 + 1e-5) - value(1 - 1e-5)) / 2e-5
     np.testing.assert_allclose(slope, want, rtol=1e-6, atol=1e-9)
+
+
+def test_positions_and_tokens_that_there_are_not_show_as_nan():
+    model, params = toy(2)
+    run = jax.jit(lambda t, i: recompute(model, params, t, i)[0])
+    for i in (-1, 7):
+        assert np.isnan(run(some_tokens(7), jnp.int32(i))).all()
+    for token in (-1, 11):
+        assert np.isnan(run(some_tokens(7).at[2].set(token), jnp.int32(3))).all()
+        assert np.isfinite(run(some_tokens(7).at[4].set(token), jnp.int32(3))).all()
 
 
 @pytest.mark.parametrize("mode", ["recompute", "grouped"])
@@ -334,16 +349,22 @@ def test_all_modes_are_the_dense_model(mode, group, window):
 def test_layerwise_is_the_dense_model_and_trains():
     model, params = toy(3, heads=4, groups=2, dim=8)
     tokens = some_tokens(20)
-    run = jax.jit(lambda p: streaming.layerwise(model, p, tokens, block_q=8, block_k=8))
-    want = dense_model(params, tokens, layers=3)
-    np.testing.assert_allclose(run(params), want, rtol=0, atol=1e-12)
-    _, inputs = jax.jit(lambda p: streaming.layerwise(model, p, tokens, keep_inputs=True))(params)
-    np.testing.assert_allclose(inputs[0], params.embed[tokens], rtol=0, atol=0)
-    np.testing.assert_allclose(inputs[2], dense_model(params, tokens, layers=2), atol=1e-12)
+
+    def loss(f, params):
+        x, kept = f(params)
+        return jnp.sin(x).sum(), (x, kept)
+
+    def tiled(params):
+        return streaming.layerwise(model, params, tokens, block_q=8, block_k=8, keep_inputs=True)
 
     # The gradient is also that of the cached decoding, whose loop has a static length.
-    cached = lambda p: Decoder(model).run(p, tokens)[0]
-    a, b = (jax.jit(jax.grad(lambda p, f=f: jnp.sin(f(p)).sum()))(params) for f in (run, cached))
+    cached = lambda params: Decoder(model).run(params, tokens)
+    (a, (x, inputs)), (b, _) = (
+        jax.jit(jax.grad(functools.partial(loss, f), has_aux=True))(params) for f in (tiled, cached)
+    )
+    np.testing.assert_allclose(x, dense_model(params, tokens, layers=3), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(inputs[0], params.embed[tokens], rtol=0, atol=0)
+    np.testing.assert_allclose(inputs[2], dense_model(params, tokens, layers=2), atol=1e-12)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-11), a, b)
 
 
@@ -453,6 +474,11 @@ def broken(**change):
         (lambda m, p: recompute(m, p, some_tokens(3), -1), ValueError, "position must be at least"),
         (lambda m, p: recompute(m, p, some_tokens(3), 1.5), TypeError, "position must be an int"),
         (
+            lambda m, p: jax.eval_shape(lambda i: recompute(m, p, some_tokens(3), i), 1.0),
+            TypeError,
+            "position must be an integer",
+        ),
+        (
             lambda m, p: recompute(m._replace(num_layers=3), p, some_tokens(3)),
             ValueError,
             "params.layers must have the 3 layers",
@@ -550,5 +576,7 @@ def test_page_turning_errors():
         streaming.page_turning(step, window=0)
     with pytest.raises(ValueError, match="positions on the first axis; got none"):
         streaming.page_turning(step)(0, ())
+    with pytest.raises(ValueError, match="xs must have at least one position"):
+        streaming.page_turning(step)(0, jnp.zeros(0))
     with pytest.raises(ValueError, match=r"one length on all first axes; got \[2, 3\]"):
         streaming.page_turning(step)(0, (jnp.zeros(2), jnp.zeros(3)))

@@ -138,19 +138,26 @@ def test_chunked_prefill(chunk, window):
 
 def test_chunks_of_any_lengths_then_decoding():
     q, k, v = problem(6)
+    q, k, v = (np.asarray(x) for x in (q, k, v))
     cache = streaming.init_cache((2,), 20, 2, 3, 5, dtype=jnp.float64)
     cache = cache._replace(k=cache.k + jnp.nan)  # what is not yet written is never read
+    prefill = jax.jit(streaming.prefill_chunk)
+
+    @jax.jit
+    def decode(cache, q, k, v):
+        cache = streaming.append(cache, k, v)
+        result = streaming.split_decode(q[:, 0], cache.k, cache.v, splits=3, kv_length=cache.length)
+        return Attended(result.out[:, None], result.lse[:, None]), cache
+
     outs, start = [], 0
-    for size in (3, 1, 7):
+    for size in (3, 1, 7, 1, 1, 1, 1, 1):
         part = slice(start, start + size)
-        result, cache = streaming.prefill_chunk(cache, q[:, part], k[:, part], v[:, part])
+        run = prefill if start < 11 else decode
+        result, cache = run(cache, q[:, part], k[:, part], v[:, part])
         outs.append(result)
         start += size
-    for i in range(start, 16):
-        cache = streaming.append(cache, k[:, i : i + 1], v[:, i : i + 1])
-        result = streaming.split_decode(q[:, i], cache.k, cache.v, splits=3, kv_length=cache.length)
-        outs.append(Attended(result.out[:, None], result.lse[:, None]))
-    got = [jnp.concatenate(x, 1) for x in zip(*outs, strict=True)]
+    assert start == 16
+    got = [np.concatenate(x, 1) for x in zip(*outs, strict=True)]
     agree(got, oracle.dense(q, k, v, mask=oracle.visible(16, 16, causal=True)))
 
 
@@ -187,12 +194,12 @@ def test_a_full_cache_is_not_overwritten():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_prefix_attention(reverse):
-    q, k, v = problem(8, T=1)
+    q, k, v = problem(8, T=1, S=7)
     got, state = jax.jit(functools.partial(streaming.prefix_attention, reverse=reverse))(
         q[:, 0], k, v
     )
-    for t in range(16):
-        part = slice(t, 16) if reverse else slice(0, t + 1)
+    for t in range(7):
+        part = slice(t, 7) if reverse else slice(0, t + 1)
         out, lse = oracle.dense(q, k[:, part], v[:, part])
         agree((got.out[:, t], got.lse[:, t]), (out[:, 0], lse[:, 0]))
     last = streaming.finalize(state)
@@ -200,14 +207,14 @@ def test_prefix_attention(reverse):
 
 
 def test_prefix_attention_goes_on_and_masks():
-    q, k, v = problem(9, T=1)
+    q, k, v = problem(9, T=1, S=9)
     rng = np.random.default_rng(0)
-    bias, mask = jnp.asarray(rng.standard_normal((4, 16))), jnp.asarray(rng.random(16) < 0.6)
+    bias, mask = jnp.asarray(rng.standard_normal((4, 9))), jnp.asarray(rng.random(9) < 0.6)
     mask = mask.at[0].set(False)
     run = jax.jit(streaming.prefix_attention)
     whole, _ = run(q[:, 0], k, v, bias=bias, mask=mask)
-    first, state = run(q[:, 0], k[:, :6], v[:, :6], bias=bias[:, :6], mask=mask[:6])
-    rest, _ = run(q[:, 0], k[:, 6:], v[:, 6:], bias=bias[:, 6:], mask=mask[6:], initial=state)
+    first, state = run(q[:, 0], k[:, :4], v[:, :4], bias=bias[:, :4], mask=mask[:4])
+    rest, _ = run(q[:, 0], k[:, 4:], v[:, 4:], bias=bias[:, 4:], mask=mask[4:], initial=state)
     close(jnp.concatenate([first.out, rest.out], 1), whole.out)
     # A prefix without visible keys.
     assert not np.any(whole.out[:, 0])
@@ -224,18 +231,22 @@ def test_prefix_attention_goes_on_and_masks():
 
 
 def test_prefix_attention_is_causal_attention_of_a_repeated_query():
-    q, k, v = problem(10, T=1)
-    repeated = jnp.repeat(q, 16, 1)
+    q, k, v = problem(10, T=1, S=6)
 
     def scan(q, k, v):
-        return number(streaming.prefix_attention(q[:, 0], k, v)[0])
+        got = streaming.prefix_attention(q[:, 0], k, v)[0]
+        return number(got), got
 
     def tiles(q, k, v):
-        return number(blockwise_attention(jnp.repeat(q, 16, 1), k, v, causal=True))
+        got = blockwise_attention(jnp.repeat(q, 6, 1), k, v, causal=True)
+        return number(got), got
 
-    want = oracle.dense(repeated, k, v, mask=oracle.visible(16, 16, causal=True))
-    agree(streaming.prefix_attention(q[:, 0], k, v)[0], want)
-    close(*(jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (scan, tiles)))
+    (a, got), (b, _) = (
+        jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(q, k, v) for f in (scan, tiles)
+    )
+    repeated = np.repeat(np.asarray(q), 6, 1)
+    agree(got, oracle.dense(repeated, k, v, mask=oracle.visible(6, 6, causal=True)))
+    close(a, b)
 
 
 # Eight devices.
@@ -287,7 +298,18 @@ RINGS = {
 def test_ring_attention_over_eight_devices(name):
     q, k, v = problem(11)
     options = RINGS[name]
-    got = jax.jit(ring(**options))(q, k, v)
+
+    def loss(f, *x):
+        got = f(*x)
+        return number(got), got
+
+    def whole(q, k, v):
+        return blockwise_attention(q, k, v, **options)
+
+    (grads, got), (want, _) = (
+        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(q, k, v)
+        for f in (ring(**options), whole)
+    )
     mask = oracle.visible(16, 16, causal=options.get("causal", False), window=options.get("window"))
     if "segment_ids" in options:
         ids = np.asarray(options["segment_ids"])
@@ -296,15 +318,7 @@ def test_ring_attention_over_eight_devices(name):
         mask = mask & np.asarray(options["mask"])
     kept = {key: options.get(key) for key in ("bias", "sinks", "soft_cap")}
     agree(got, oracle.dense(q, k, v, mask=mask, **kept))
-
-    def whole(q, k, v):
-        return number(blockwise_attention(q, k, v, **options))
-
-    grads = (
-        jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)
-        for f in (lambda *x: number(ring(**options)(*x)), whole)
-    )
-    close(*grads)
+    close(grads, want)
 
 
 def test_ring_with_more_keys_than_queries():
@@ -335,12 +349,17 @@ def test_keys_split_over_devices(method):
         check_vma=method == "sum",
     )
     mask = np.stack([oracle.visible(3, 16, kv_length=n) for n in (16, 5)])[:, None]
-    agree(jax.jit(run)(q, k, v), oracle.dense(q, k, v, mask=mask))
-    grads = (
-        jax.jit(jax.grad(lambda *x, f=f: number(f(*x)), (0, 1, 2)))(q, k, v)
+
+    def loss(f, *x):
+        got = f(*x)
+        return number(got), got
+
+    (a, got), (b, _) = (
+        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(q, k, v)
         for f in (run, lambda *x: blockwise_attention(*x, kv_length=lengths))
     )
-    close(*grads)
+    agree(got, oracle.dense(q, k, v, mask=mask))
+    close(a, b)
 
 
 def test_tiles_follow_a_sharded_batch():
@@ -361,6 +380,12 @@ def test_tiles_follow_a_sharded_batch():
         (lambda q, k, v: streaming.split_decode(q[0, 0, 0], k, v), r"q must be \[\*batch, heads"),
         (lambda q, k, v: streaming.chunked_prefill(q, k, v, chunk=0), "chunk must be at least 1"),
         (lambda q, k, v: streaming.chunked_prefill(q[:, 1:], k, v, chunk=2), "k must have the 15"),
+        (
+            lambda q, k, v: streaming.chunked_prefill(
+                q, k, v, chunk=2, cache=streaming.init_cache((2,), 15, 2, 3, 5)
+            ),
+            "cache must have room for the 16 positions of q; got a capacity of 15",
+        ),
         (lambda q, k, v: streaming.prefix_attention(q, k, v), "k must have the batch axes of q"),
         (lambda q, k, v: streaming.prefix_attention(q[0, 0, 0], k, v), "q must be"),
         (

@@ -1,6 +1,5 @@
 """Softmax states: the card's digits, merging in any order, identities, precision."""
 
-import functools
 import itertools
 
 import jax
@@ -79,36 +78,41 @@ def test_card_large_scores():
     np.testing.assert_allclose(moved_lse, lse - 700, rtol=1e-14)
 
 
-def fold(parts, tree):
-    """Merge states along a random binary tree."""
+def fold(merge, parts, tree):
+    """Merge along a random binary tree."""
     parts = list(parts)
     while len(parts) > 1:
         i = tree.integers(len(parts))
         a = parts.pop(i)
         j = tree.integers(len(parts))
-        parts[j] = streaming.merge(parts[j], a)
+        parts[j] = merge(parts[j], a)
     return parts[0]
 
 
-@settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**31), keys=st.integers(1, 9))
-def test_any_order_and_any_tree_give_the_same(seed, keys):
+# Compiled once for all examples.
+MERGE, MERGE_NORMALIZED = jax.jit(streaming.merge), jax.jit(streaming.merge_normalized)
+MERGE_ALL = jax.jit(lambda states: streaming.finalize(streaming.merge_all(states)))
+MERGE_NORMALIZED_ALL = jax.jit(streaming.merge_normalized_all)
+READ, FINALIZE = jax.jit(streaming.from_scores), jax.jit(streaming.finalize)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31))
+def test_any_order_and_any_tree_give_the_same(seed):
     rng = np.random.default_rng(seed)
-    s, v = scores_and_values(seed, keys)
+    s, v = scores_and_values(seed, 9)
     want = direct(s, v)
-    cuts = sorted(rng.choice(np.arange(keys + 1), size=rng.integers(0, keys + 1)))
-    order = rng.permutation(keys)
-    pieces = np.split(order, cuts)  # some are empty
-    parts = [streaming.from_scores(s[:, p], v[:, p]) for p in pieces]
-    out, lse = streaming.finalize(fold(parts, rng))
-    np.testing.assert_allclose(out, want[0], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(lse, want[1], rtol=0, atol=1e-12)
-    normal = [streaming.finalize(part) for part in parts]
-    stacked = Attended(*(jnp.stack(x) for x in zip(*normal, strict=True)))
+    owner = rng.integers(0, 6, 9)  # the piece that a key belongs to; some pieces have none
+    order = rng.permutation(9)
+    pieces = np.where(owner == np.arange(6)[:, None, None], np.asarray(s), -np.inf)
+    states = READ(pieces[..., order], np.asarray(v)[None][..., order, :])
+    partial = FINALIZE(states)
+    each = lambda tree: [jax.tree.map(lambda x, i=i: np.asarray(x)[i], tree) for i in range(6)]
     for got in (
-        streaming.merge_normalized_all(stacked),
-        streaming.finalize(streaming.merge_all(jax.tree.map(lambda *x: jnp.stack(x), *parts))),
-        functools.reduce(streaming.merge_normalized, normal),
+        FINALIZE(fold(MERGE, each(states), rng)),
+        fold(MERGE_NORMALIZED, each(partial), rng),
+        MERGE_ALL(states),
+        MERGE_NORMALIZED_ALL(partial),
     ):
         np.testing.assert_allclose(got.out, want[0], rtol=0, atol=1e-12)
         np.testing.assert_allclose(got.lse, want[1], rtol=0, atol=1e-12)
@@ -151,9 +155,9 @@ def test_identity_changes_nothing_not_even_gradients():
         part = streaming.finalize(streaming.from_scores(s, v))
         return numbers(streaming.merge_normalized(part, streaming.finalize(blank)))
 
-    want = jax.value_and_grad(plain, (0, 1))(s, v)
+    want = jax.jit(jax.value_and_grad(plain, (0, 1)))(s, v)
     for function in (left, right, normalized):
-        got = jax.value_and_grad(function, (0, 1))(s, v)
+        got = jax.jit(jax.value_and_grad(function, (0, 1)))(s, v)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-15), got, want)
     part = streaming.from_scores(s, v)
     for merged in (streaming.merge(part, blank), streaming.merge(blank, part)):
@@ -172,7 +176,7 @@ def test_two_identities_have_no_nan_and_no_gradient():
         return numbers(streaming.finalize(streaming.merge(a, b)))
 
     with jax.debug_nans(True):
-        grads = jax.grad(run, (0, 1))(blank, blank)
+        grads = jax.jit(jax.grad(run, (0, 1)))(blank, blank)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
     # The same in the normalised form, alone and merged.
     partial = Attended(jnp.zeros((2, 3)), jnp.full((2,), -jnp.inf))
@@ -183,6 +187,24 @@ def test_two_identities_have_no_nan_and_no_gradient():
     ):
         assert not np.any(result.out)
         assert np.all(np.isneginf(result.lse))
+
+
+def test_a_part_that_has_read_nothing_may_hold_anything():
+    s, v = scores_and_values(1)
+    part = streaming.finalize(streaming.from_scores(s, v))
+    blank = Attended(jnp.full((3, 2), jnp.nan), jnp.full((3,), -jnp.inf))
+
+    def run(part, blank):
+        return numbers(streaming.merge_normalized(part, blank))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-15),
+        streaming.merge_normalized(blank, part),
+        part,
+    )
+    own, other = jax.jit(jax.grad(run, (0, 1)))(part, blank)
+    assert np.isfinite(own.out).all()
+    assert not np.any(other.out)
 
 
 def test_gradients_are_those_of_the_dense_softmax():
@@ -200,9 +222,9 @@ def test_gradients_are_those_of_the_dense_softmax():
         out = jnp.einsum("qk,qkd->qd", jax.nn.softmax(s), v)
         return numbers(Attended(out, jax.nn.logsumexp(s, -1)))
 
-    want = jax.grad(dense, (0, 1))(s, v)
+    want = jax.jit(jax.grad(dense, (0, 1)))(s, v)
     for function in (split, normalized):
-        for a, b in zip(jax.grad(function, (0, 1))(s, v), want, strict=True):
+        for a, b in zip(jax.jit(jax.grad(function, (0, 1)))(s, v), want, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
 
 
@@ -210,8 +232,8 @@ def test_masked_scores_have_gradient_zero():
     s, v = scores_and_values(3)
     s = s.at[0].set(-jnp.inf).at[1, 4].set(-jnp.inf)
     with jax.debug_nans(True):
-        ds, dv = jax.grad(
-            lambda s, v: numbers(streaming.finalize(streaming.from_scores(s, v))), (0, 1)
+        ds, dv = jax.jit(
+            jax.grad(lambda s, v: numbers(streaming.finalize(streaming.from_scores(s, v))), (0, 1))
         )(s, v)
     assert not np.any(ds[0])
     assert not np.any(dv[0])
@@ -236,7 +258,7 @@ def test_a_sink_is_an_extra_key_with_value_zero():
     for a, c in zip(merged(s, v, b), appended(s, v, b), strict=True):
         np.testing.assert_allclose(a, c, rtol=0, atol=1e-14)
     grads = [
-        jax.grad(lambda *args, f=f: numbers(f(*args)), (0, 1, 2))(s, v, b)
+        jax.jit(jax.grad(lambda *args, f=f: numbers(f(*args)), (0, 1, 2)))(s, v, b)
         for f in (merged, appended)
     ]
     jax.tree.map(lambda a, c: np.testing.assert_allclose(a, c, rtol=0, atol=1e-14), *grads)
@@ -300,9 +322,8 @@ def test_card_accumulator_precision():
                 short.append(1 - state.l * np.exp(state.m - lse))
     assert np.mean(errors["bf16"]) > 0.05
     assert np.mean(errors["bf16 inputs"]) < 1e-3
-    assert np.mean(errors["f32"]) < 1e-5
-    assert np.mean(short) > 0.3
-    print(errors, short)
+    assert np.mean(errors["f32"]) <= 1.8e-6
+    assert 0.46 < np.mean(short) < 0.66
 
 
 @pytest.mark.x32
@@ -326,6 +347,11 @@ def test_errors():
         streaming.from_scores(jnp.zeros(3), jnp.zeros((4, 1)))
     with pytest.raises(ValueError, match="axis must be from -1 to 0; got 1"):
         streaming.merge_all(state, axis=1)
+    for other in (streaming.identity((3,), 3), streaming.identity((2,), 1)):
+        with pytest.raises(ValueError, match=r"b must have the shapes of a, m \(2,\) and o \(2, 3"):
+            streaming.merge(state, other)
+    with pytest.raises(TypeError, match="dtype must be of real floating-point numbers"):
+        streaming.identity((), 1, dtype=jnp.int32)
     with pytest.raises(ValueError, match="dim must be at least 1; got 0"):
         streaming.identity((), 0)
     with pytest.raises(ValueError, match=r"partial.out must be"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkit.attention import vq
-from tests.attention.vq_cases import TABLE, XLA, biases, by_hand, card, decoded, operands
+from tests.attention.vq_cases import TABLE, XLA, biases, by_hand, card, decoded, jit, operands
 from tests.tolerance import tol
 
 
@@ -27,7 +27,7 @@ def every_form(
 ):
     """The outputs of all forms, from one compilation."""
 
-    @jax.jit
+    @jit
     def run(q, k, v, codebook, bias, mask):
         common = {"bias": bias, "mask": mask, **options}
         local = common | {"block_length": block_length}
@@ -139,10 +139,131 @@ def test_padding_anywhere_goes_unseen(options):
     # The same by sentinel codes, and dense.
     codes = jnp.where(mask[:, None], vq.nearest_codes(k, codebook), 5)
     run = partial(vq.vq_attention, block_length=2, bias=bias, codes=codes, **options, **XLA)
-    np.testing.assert_allclose(jax.jit(run)(q, k, v, codebook), expected, atol=1e-12)
+    np.testing.assert_allclose(jit(run)(q, k, v, codebook), expected, atol=1e-12)
     if not options:
-        dense = jax.jit(vq.quadratic_attention)(q, k, v, None, bias=bias, mask=mask)
+        dense = jit(vq.quadratic_attention)(q, k, v, None, bias=bias, mask=mask)
         assert bool(jnp.isfinite(dense).all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rotary_base": 20.0}, {"cache": False}, {"cache": False, "local": "window"}],
+    ids=["kernel", "rotary", "blocks", "window"],
+)
+def test_what_is_not_finite_shows_in_what_sees_it_and_nowhere_else(options):
+    """Token 4 of group 0, in the middle of a block; one fault a sequence, none in the first."""
+    q, k, v, codebook = operands(batch=1, length=13)
+    q, k, v = (jnp.tile(x, (5, 1, 1, 1)) for x in (q, k, v))
+    k = k.at[1, 0, 4].set(jnp.nan).at[2, 0, 4, 1].set(jnp.inf)
+    v = v.at[3, 0, 4, 2].set(jnp.nan).at[4, 0, 4, 0].set(-jnp.inf)
+    bias = biases(q, 2, "table")
+    cached = options.get("cache", True)
+    outs, _ = every_form(
+        *(q, k, v, codebook),
+        block_length=3,
+        window=2,
+        bias=bias,
+        reductions=vq.REDUCTIONS if not options else ("serial",),
+        **options,
+    )
+    # Blocks of 3 without a cache: token 4 is seen up to token 8, or up to its lag 2.
+    last = 13 if cached else 7 if "local" in options else 9
+    close = partial(np.testing.assert_allclose, atol=1e-12)
+    for name, out in outs.items():
+        clean, spoiled = out[:1], out[1:]
+        assert bool(jnp.isfinite(clean).all())
+        same = jnp.broadcast_to(clean, spoiled.shape)
+        close(spoiled[:, 2:], same[:, 2:], err_msg=name)
+        close(spoiled[:, :2, :4], same[:, :2, :4], err_msg=name)
+        close(spoiled[:, :2, last:], same[:, :2, last:], err_msg=name)
+        assert bool(jnp.isnan(spoiled[:, :2, 4:last]).all()), name
+
+
+def test_gradients_show_what_is_not_finite():
+    q, k, v, codebook = operands(batch=2, heads=2, groups=2, length=9)
+    bad = v.at[1, 0, 4, 0].set(jnp.nan)
+    run = lambda q, v: jnp.sum(vq.vq_attention(q, k, v, codebook, block_length=3, **XLA) ** 2)
+    grad = jit(jax.grad(run))(q, bad)
+    assert bool(jnp.isfinite(grad[0]).all())
+    assert bool(jnp.isfinite(grad[1, 1]).all())
+    assert bool(jnp.isfinite(grad[1, 0, :4]).all())
+    assert bool(jnp.isnan(grad[1, 0, 4:]).all())
+
+
+def test_codes_of_keys_that_are_not_finite_and_codes_out_of_range():
+    k = jnp.asarray([0.4, jnp.nan, 2.5, jnp.inf, -jnp.inf]).reshape(1, 1, 5, 1)
+    codebook = jnp.asarray([[[0.0], [1.0], [3.0]]])
+    mask = jnp.asarray([[True, True, True, True, False]])
+    assert vq.nearest_codes(k, codebook, mask=mask).tolist() == [[[0, 3, 2, 3, 3]]]
+    quantised = vq.quantize_keys(k, codebook, mask=mask)
+    # Unlike padding (3), they are seen.
+    assert quantised.codes.tolist() == [[[0, 4, 2, 4, 3]]]
+    assert quantised.valid.tolist() == mask.tolist()
+    assert jnp.isnan(quantised.keys).ravel().tolist() == [False, True, False, True, False]
+    given = vq.quantize_keys(
+        jnp.ones((1, 1, 5, 1)), codebook, codes=jnp.asarray([[[-1, 0, 3, 9, 2]]])
+    )
+    assert given.codes.tolist() == [[[3, 0, 3, 3, 2]]]
+    assert given.valid.tolist() == [[False, True, False, False, True]]
+    assert given.keys.ravel().tolist() == [0, 0, 0, 0, 3]
+
+
+def test_the_serial_form_carries_one_cache():
+    """Its temporary memory does not hold R S dv numbers, whatever R; nor does its gradient."""
+    codes, dv, block_length = 128, 256, 16
+    caches = lambda length: 4 * length // block_length * codes * dv
+
+    def temporary(length, reduction, grad=False):
+        spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        run = partial(vq.vq_attention, block_length=block_length, reduction=reduction, **XLA)
+        function = jax.grad(lambda *x: jnp.sum(run(*x) ** 2), (0, 1, 2)) if grad else run
+        operands = [spec(1, 1, length, n) for n in (8, 8, dv)]
+        lowered = jax.jit(function).lower(*operands, spec(1, codes, 8))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = (temporary(n, "serial") for n in (512, 2048))
+    # q, k, v and the output grow with the length, 1/8 of the caches.
+    assert long - short < (caches(2048) - caches(512)) / 4
+    assert long < caches(2048) / 2
+    assert temporary(2048, "assoc_scan") > 2 * caches(2048)
+    assert temporary(2048, "serial", grad=True) < caches(2048)
+
+
+def test_a_named_kernel_never_falls_back():
+    q, k, v, codebook = operands()
+    run = partial(vq.vq_attention, q, k, v, codebook, block_length=3)
+    for options, words in (
+        ({"rotary_base": 9.0}, "pallas_gpu has no kernel for rotary_base"),
+        ({"cache": False, "local": "window"}, "pallas_gpu has no kernel for local='window'"),
+        ({}, "float64"),
+    ):
+        with pytest.raises(NotImplementedError, match=words):
+            run(implementation="pallas_gpu", **options)
+
+
+def test_auto_is_the_pure_jax_form_on_a_cpu():
+    """The default of the layers: values, gradients and decoding."""
+    q, k, v, codebook = operands(batch=1, length=7)
+    bias = biases(q, 2, "rows")
+
+    @partial(jit, static_argnames="implementation")
+    def run(q, k, v, bias, implementation):
+        whole = lambda *x: vq.vq_attention(
+            *x[:3], codebook, bias=x[3], block_length=2, implementation=implementation
+        )
+        out, pull = jax.vjp(whole, q, k, v, bias)
+        state = vq.init_state(1, 2, 5, 3, window=2, dtype=v.dtype)
+        first = [x[:, :, :6] for x in (q, k, v, bias)]
+        options = {"implementation": implementation}
+        _, state = vq.prefill(state, *first[:3], codebook, bias=first[3], block_length=2, **options)
+        last = [x[:, :, 6] for x in (q, k, v, bias)]
+        step, _ = vq.step(state, *last[:3], codebook, bias=last[3], **options)
+        return out, pull(jnp.cos(out)), step
+
+    got, want = (run(q, k, v, bias, implementation=name) for name in ("auto", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_allclose(got[0], by_hand(q, k, v, codebook, bias, 2), atol=1e-12)
+    np.testing.assert_allclose(got[2], got[0][:, :, 6], atol=1e-12)
 
 
 def test_gradients_are_finite_beside_padding():
@@ -150,7 +271,7 @@ def test_gradients_are_finite_beside_padding():
     mask = jnp.asarray([[False] * 3 + [True] * 3, [False] * 6])
     k, v = (jnp.where(mask[:, None, :, None], x, jnp.nan) for x in (k, v))
 
-    @jax.jit
+    @jit
     @partial(jax.grad, argnums=(0, 1, 2))
     def run(q, k, v):
         out = vq.vq_attention(q, k, v, codebook, block_length=2, mask=mask, **XLA)
@@ -167,7 +288,7 @@ def test_block_length_does_not_matter_while_it_holds_the_window(window):
     bias = biases(q, window, "table")
     lengths = [n for n in (1, 2, 5, 20) if n >= window]
 
-    @jax.jit
+    @jit
     def run(q, k, v, bias):
         return [
             vq.vq_attention(q, k, v, codebook, bias=bias, block_length=n, **XLA) for n in lengths
@@ -193,7 +314,7 @@ def test_a_window_longer_than_the_block_is_refused_and_would_break_equality():
 def test_causal_by_the_jacobian(options):
     q, k, v, codebook = operands(batch=1, heads=2, groups=1, length=7)
 
-    @jax.jit
+    @jit
     def jacobians(q, k, v):
         run = lambda q, k, v: vq.vq_attention(
             q, k, v, codebook, block_length=2, bias=biases(q, 2, "table"), **options, **XLA
@@ -206,7 +327,7 @@ def test_causal_by_the_jacobian(options):
         assert size[future].max() == 0
         assert size[~future].max() > 1e-3
     # Codes have no gradient: change a token, its code with it.
-    run = jax.jit(partial(vq.vq_attention, block_length=2, **options, **XLA))
+    run = jit(partial(vq.vq_attention, block_length=2, **options, **XLA))
     before, after = run(q, k, v, codebook), run(q, k.at[:, :, 4].set(-9.0), v, codebook)
     np.testing.assert_array_equal(before[:, :, :4], after[:, :, :4])
     assert float(jnp.abs(before - after)[:, :, 4:].max()) > 1e-3
@@ -214,12 +335,12 @@ def test_causal_by_the_jacobian(options):
 
 def test_keys_that_are_codewords_give_dense_attention():
     q, k, v, codebook = operands(heads=4, groups=2, length=11)
-    k = jax.jit(vq.quantize_keys)(k, codebook).keys
+    k = jit(vq.quantize_keys)(k, codebook).keys
     bias = biases(q, 3, "rows")
-    out = jax.jit(partial(vq.vq_attention, block_length=4, window=3, **XLA))(
+    out = jit(partial(vq.vq_attention, block_length=4, window=3, **XLA))(
         q, k, v, codebook, bias=bias
     )
-    dense = jax.jit(vq.quadratic_attention)(q, k, v, None, bias=bias)
+    dense = jit(vq.quadratic_attention)(q, k, v, None, bias=bias)
     np.testing.assert_allclose(out, dense, atol=1e-12)
 
 
@@ -265,7 +386,7 @@ def test_counts_do_not_stall_in_half_precision():
     np.testing.assert_allclose(cache.means[0, 0, :, 0], [1, 0, 0], atol=1e-6)
     cache = vq.init_state(1, 1, 3, 2, window=0, dtype=jnp.bfloat16).cache
     every = lambda cache, v: (vq.absorb(cache, codes[:, :, 0], v), None)
-    cache, _ = jax.jit(lambda cache: jax.lax.scan(every, cache, jnp.moveaxis(v, 2, 0)))(cache)
+    cache, _ = jit(lambda cache: jax.lax.scan(every, cache, jnp.moveaxis(v, 2, 0)))(cache)
     assert cache.counts[0, 0].tolist() == [600, 0, 0]
     np.testing.assert_allclose(cache.means[0, 0, :, 0], [1, 0, 0], atol=1e-6)
 
@@ -275,7 +396,7 @@ def test_half_precision_stays_near_and_in_its_dtype():
     low = tuple(x.astype(jnp.bfloat16) for x in (q, k, v, codebook))
     expected = by_hand(*(x.astype(jnp.float64) for x in low))
     for reduction in ("assoc_scan", "sum"):
-        out = jax.jit(partial(vq.vq_attention, block_length=8, reduction=reduction, **XLA))(*low)
+        out = jit(partial(vq.vq_attention, block_length=8, reduction=reduction, **XLA))(*low)
         assert out.dtype == jnp.bfloat16
         np.testing.assert_allclose(
             out.astype(jnp.float64), expected, atol=4 * tol(jnp.bfloat16), err_msg=reduction
@@ -295,8 +416,7 @@ def test_means_are_kept_where_sums_would_lose_digits():
     exact = np.cumsum(v.astype(np.float64).ravel())[3::4] / np.arange(4, 2049, 4)
     error = {
         name: np.abs(
-            np.asarray(jax.jit(partial(vq.reduce_blocks, reduction=name))(blocks).means).ravel()
-            - exact
+            np.asarray(jit(partial(vq.reduce_blocks, reduction=name))(blocks).means).ravel() - exact
         )
         for name in ("assoc_scan", "sum")
     }
@@ -307,13 +427,13 @@ def test_means_are_kept_where_sums_would_lose_digits():
 def test_vmap_and_scale():
     q, k, v, codebook = operands(batch=3, length=9)
     run = partial(vq.vq_attention, block_length=4, **XLA)
-    out = jax.jit(run)(q, k, v, codebook)
+    out = jit(run)(q, k, v, codebook)
     one = lambda q, k, v: run(q[None], k[None], v[None], codebook)[0]
-    np.testing.assert_allclose(jax.jit(jax.vmap(one))(q, k, v), out, atol=1e-12)
-    scaled = jax.jit(partial(run, scale=0.5))(q, k, v, codebook)
+    np.testing.assert_allclose(jit(jax.vmap(one))(q, k, v), out, atol=1e-12)
+    scaled = jit(partial(run, scale=0.5))(q, k, v, codebook)
     np.testing.assert_allclose(scaled, by_hand(q / 2, k, v, codebook), atol=1e-12)
     books = jnp.stack([codebook, codebook + 1])
-    many = jax.jit(jax.vmap(run, in_axes=(None, None, None, 0)))(q, k, v, books)
+    many = jit(jax.vmap(run, in_axes=(None, None, None, 0)))(q, k, v, books)
     np.testing.assert_allclose(many[0], out, atol=1e-12)
     np.testing.assert_allclose(many[1], by_hand(q, k, v, codebook + 1), atol=1e-12)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkit.attention import vq
-from tests.attention.vq_cases import XLA, biases, by_hand, decoded, in_pieces, operands
+from tests.attention.vq_cases import XLA, biases, by_hand, decoded, in_pieces, jit, operands
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_any_cut_gives_the_outputs_and_the_state_of_single_steps(options, window
     mask = jnp.asarray(np.random.default_rng(4).random((2, 13)) < 0.8)
     options = {"bias": bias, "mask": mask, "block_length": 3, **options}
 
-    @jax.jit
+    @jit
     def run(q, k, v):
         whole = vq.quadratic_attention(q, k, v, codebook, window=window, **options)
         common = {"window": window, **options, **XLA}
@@ -50,8 +50,8 @@ def test_every_prefix_length_hands_over():
     """One compilation for all: the prefix is what the mask leaves of a fixed length."""
     q, k, v, codebook = operands(heads=1, groups=1, length=11, batch=1)
     whole = by_hand(q, k, v, codebook)
-    prefill = jax.jit(partial(vq.prefill, block_length=3, **XLA))
-    step = jax.jit(partial(vq.step, **XLA))
+    prefill = jit(partial(vq.prefill, block_length=3, **XLA))
+    step = jit(partial(vq.step, **XLA))
     for prefix in range(1, 9):
         state = vq.init_state(1, 1, 5, 3, window=3, dtype=v.dtype)
         # Padding in front counts as positions, and is never seen.
@@ -79,7 +79,7 @@ def test_the_state_has_one_size_and_the_cards():
 
 def test_the_cache_is_the_mean_over_all_tokens_that_left_the_window():
     q, k, v, codebook = operands(batch=1, heads=1, groups=1, length=40, codes=3)
-    _, state = jax.jit(lambda *x: decoded(*x, codebook, window=4, **XLA))(q, k, v)
+    _, state = jit(lambda *x: decoded(*x, codebook, window=4, **XLA))(q, k, v)
     codes = np.asarray(vq.nearest_codes(k, codebook))[0, 0]
     for s in range(3):
         old = np.asarray(v)[0, 0, :35][codes[:35] == s]
@@ -91,20 +91,58 @@ def test_the_cache_is_the_mean_over_all_tokens_that_left_the_window():
         np.testing.assert_array_equal(state.values[0, 0, p % 5], v[0, 0, p])
 
 
-def test_a_key_that_is_no_number_shows():
-    q, k, v, codebook = operands(batch=1, heads=1, groups=1, length=6)
-    bad = k.at[0, 0, 3, 0].set(jnp.nan)
-    block = jax.jit(partial(vq.vq_attention, block_length=2, **XLA))(q, bad, v, codebook)
-    stepped, _ = jax.jit(lambda *x: decoded(*x, codebook, window=2, **XLA))(q, bad, v)
-    for out in (block, stepped):
-        assert bool(jnp.isfinite(out[:, :, :2]).all())
-        assert bool(jnp.isnan(out[:, :, 3]).all())
+def test_what_is_not_finite_is_handed_over():
+    """From prefill to steps and back, as in the window, in the ring, and in the cache."""
+    q, k, v, codebook = operands(batch=3, heads=2, groups=1, length=14)
+    k = k.at[0, 0, 4, 0].set(jnp.nan)
+    v = v.at[1, 0, 4, 0].set(jnp.inf)
+
+    @jit
+    def run(q, k, v):
+        cuts = [(14,), (5, 1, 1, 7)]
+        return [
+            in_pieces(q, k, v, codebook, cut, window=2, block_length=3, **XLA)[0] for cut in cuts
+        ]
+
+    whole = by_hand(q[2:], k[2:], v[2:], codebook)
+    for out in run(q, k, v):
+        np.testing.assert_allclose(out[2:], whole, atol=1e-12)
+        assert bool(jnp.isfinite(out[:2, :, :4]).all())
+        assert bool(jnp.isnan(out[:2, :, 4:]).all())
+
+
+def test_the_recurrence_continues_from_a_state():
+    """Many blocks by `reduction="serial"`, after some tokens by `step` and before some more."""
+    q, k, v, codebook = operands(batch=1, heads=2, groups=1, length=20)
+    bias = biases(q, 1, "rows")
+
+    @jit
+    def run(q, k, v, bias):
+        state = vq.init_state(1, 1, 5, 3, window=1, dtype=v.dtype)
+        outs = []
+        for start, stop in ((0, 1), (1, 2), (2, 19), (19, 20)):
+            part = [x[:, :, start:stop] for x in (q, k, v)]
+            row = bias[:, :, start:stop]
+            if stop - start == 1:
+                last = [x[:, :, 0] for x in part]
+                out, state = vq.step(state, *last, codebook, bias=row[:, :, 0], **XLA)
+                outs.append(out[:, :, None])
+            else:
+                out, state = vq.prefill(
+                    state, *part, codebook, bias=row, block_length=2, reduction="serial", **XLA
+                )
+                outs.append(out)
+        return jnp.concatenate(outs, axis=2)
+
+    np.testing.assert_allclose(
+        run(q, k, v, bias), by_hand(q, k, v, codebook, bias, 1), atol=1e-12, rtol=0
+    )
 
 
 def test_gradients_flow_through_a_step():
     q, k, v, codebook = operands(batch=1, heads=1, groups=1, length=4)
 
-    @jax.jit
+    @jit
     @partial(jax.grad, argnums=(0, 1, 2))
     def run(q, k, v):
         return jnp.sum(decoded(q, k, v, codebook, window=1, **XLA)[0] ** 2)

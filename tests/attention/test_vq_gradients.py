@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkit.attention import vq
-from tests.attention.vq_cases import XLA, biases, operands
+from tests.attention.vq_cases import XLA, biases, jit, operands
 
 NAMES = ("q", "k", "v", "codebook", "bias")
 # Length 12 in blocks of every divisor, with windows from nothing to a whole block, few and many
@@ -29,7 +29,7 @@ def both(args, run, reference):
     shape = jax.eval_shape(run, *args).shape
     weight = jnp.asarray(np.random.default_rng(9).standard_normal(shape), args[0].dtype)
 
-    @jax.jit
+    @jit
     def evaluate(*args):
         pulls = []
         for function in (run, reference):
@@ -64,6 +64,30 @@ def test_every_divisor_triple(triple, mix):
     assert np.abs(grads[2]).min() > 0
 
 
+@pytest.mark.parametrize(
+    ("length", "kind", "options"),
+    [(34, "rows", {}), (35, "table", {"rotary_base": 30.0, "grad_through_cache": False})],
+    ids=["kernel", "rotary"],
+)
+def test_the_recurrence_has_the_gradients_of_the_quadratic_form(length, kind, options):
+    """34 blocks are nine steps, which the gradient runs again three by three."""
+    q, k, v, codebook = operands(batch=2, heads=2, groups=1, length=length)
+    bias = biases(q, 1, kind)
+    mask = jnp.asarray(np.random.default_rng(1).random((2, length)) < 0.8)
+    options = {"block_length": 1, "mask": mask, **options}
+
+    def run(q, k, v, codebook, bias):
+        return vq.vq_attention(q, k, v, codebook, bias=bias, reduction="serial", **options, **XLA)
+
+    def reference(q, k, v, codebook, bias):
+        return vq.quadratic_attention(q, k, v, codebook, bias=bias, **options)
+
+    (out, grads), (expected, wanted) = both((q, k, v, codebook, bias), run, reference)
+    np.testing.assert_allclose(out, expected, atol=1e-12, rtol=0)
+    for name, grad, want in zip(NAMES, grads, wanted, strict=True):
+        np.testing.assert_allclose(grad, want, atol=1e-12, rtol=0, err_msg=name)
+
+
 @pytest.mark.parametrize("rotary_base", [None, 30.0])
 @pytest.mark.parametrize("reduction", ["serial", "matmul"])
 def test_no_gradient_through_the_cache(reduction, rotary_base):
@@ -86,7 +110,7 @@ def test_no_gradient_through_the_cache(reduction, rotary_base):
 def test_the_key_gradient_is_not_the_full_straight_through_one():
     q, k, v, codebook = operands(batch=1, heads=1, groups=1)
 
-    @jax.jit
+    @jit
     def grads(q, k, v):
         loss = lambda k, n: jnp.sum(vq.quadratic_attention(q, k, v, codebook, block_length=n) ** 2)
         own = lambda k: jnp.sum(vq.vq_attention(q, k, v, codebook, block_length=2, **XLA) ** 2)
@@ -104,7 +128,7 @@ def test_gradients_against_finite_differences():
     weight = jnp.asarray(np.random.default_rng(2).standard_normal((1, 2, 9, 3)))
     step = 1e-6
 
-    @jax.jit
+    @jit
     def run(q, v, bias):
         loss = lambda q, v, bias: jnp.sum(
             weight * vq.vq_attention(q, k, v, codebook, bias=bias, block_length=2, **XLA)

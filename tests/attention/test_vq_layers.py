@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkit.attention import vq
 from jaxkit.quantize import EMAState
-from tests.attention.vq_cases import XLA, by_hand
+from tests.attention.vq_cases import XLA, by_hand, jit
 
 DIM = 8
 
@@ -80,7 +80,7 @@ HEADS = {
 def test_the_layer_is_the_cards(name):
     layer = make(**HEADS[name])
     x = inputs()
-    np.testing.assert_allclose(jax.jit(lambda x: layer(x))(x), layer_by_hand(layer, x), atol=1e-12)
+    np.testing.assert_allclose(jit(lambda x: layer(x))(x), layer_by_hand(layer, x), atol=1e-12)
 
 
 @pytest.mark.x32
@@ -88,7 +88,7 @@ def test_the_layer_is_the_cards(name):
 def test_the_layer_in_float32(name):
     layer = make(**HEADS[name], param_dtype=jnp.float32)
     x = inputs().astype(jnp.float32)
-    out = jax.jit(lambda x: layer(x))(x)
+    out = jit(lambda x: layer(x))(x)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, layer_by_hand(layer, np.float64(x)), atol=2e-6)
 
@@ -107,7 +107,7 @@ def test_map_steps_and_prefill_agree(name):
     x = inputs(9, batch=(2, 1))
     mask = jnp.asarray(np.random.default_rng(1).random((2, 1, 9)) < 0.8)
 
-    @jax.jit
+    @jit
     def run(x):
         whole = layer(x, mask=mask)
         first, state = layer.prefill(layer.init_state((2, 1)), x[:, :, :4], mask=mask[:, :, :4])
@@ -129,12 +129,10 @@ def test_dense_and_encoder_layers():
     # With as many codes as keys, and the keys as codes, quantising changes nothing.
     vast = make(bias="table", num_codes=14)
     vast.init_codebook_from(jax.random.key(0), x)
-    np.testing.assert_allclose(
-        jax.jit(lambda x: vast(x))(x), jax.jit(lambda x: dense(x))(x), atol=1e-12
-    )
+    np.testing.assert_allclose(jit(lambda x: vast(x))(x), jit(lambda x: dense(x))(x), atol=1e-12)
     encoder = make(causal=False, bias="none")
-    out = jax.jit(lambda x: encoder(x))(x)
-    np.testing.assert_allclose(jax.jit(lambda x: encoder(x))(x[:, ::-1])[:, ::-1], out, atol=1e-12)
+    out = jit(lambda x: encoder(x))(x)
+    np.testing.assert_allclose(jit(lambda x: encoder(x))(x[:, ::-1])[:, ::-1], out, atol=1e-12)
     for layer in (dense, encoder):
         with pytest.raises(ValueError, match="causal must be True and quantizer 'hard' or 'soft'"):
             layer.init_state((1,))
@@ -148,7 +146,7 @@ def test_the_codebook_is_no_parameter_and_has_no_gradient():
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     x = inputs()
 
-    @jax.jit
+    @jit
     @jax.grad
     def grads(both):
         y, found = nnx.merge(graph, *both)(x, statistics=True)
@@ -164,7 +162,7 @@ def test_statistics_and_update_are_the_cards():
     layer = make(head_type="mha", bias="none", decay=0.9)
     x = inputs(10)
     mask = jnp.asarray(np.random.default_rng(1).random((2, 10)) < 0.7)
-    _, found = jax.jit(lambda x: layer(x, mask=mask, statistics=True))(x)
+    _, found = jit(lambda x: layer(x, mask=mask, statistics=True))(x)
     k = np.asarray(layer._operands(x).k)
     before = layer.codebook_state()
     codebook = np.asarray(layer.codebook())
@@ -198,7 +196,7 @@ def test_unused_codes_decay_together_until_the_floor():
     nothing = vq.code_statistics(k, codes, vq.codebook_of(state))  # all padding
     assert int(nothing.counts.sum()) == 0
 
-    @jax.jit
+    @jit
     def every(state):
         step = lambda state, _: ((new := vq.update_codebook(state, nothing)), vq.codebook_of(new))
         return jax.lax.scan(step, state, None, length=480)[1]
@@ -242,7 +240,7 @@ def test_statistics_are_global_sums_over_devices():
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     graph, values = nnx.split(layer)
 
-    @jax.jit
+    @jit
     def update(values, x):
         layer = nnx.merge(graph, values)
         y, found = layer(x, statistics=True)
@@ -259,25 +257,31 @@ def test_statistics_are_global_sums_over_devices():
     codebook = layer.codebook()
     k = jnp.asarray(np.random.default_rng(2).standard_normal((8, 1, 5, 4)))
     codes = vq.nearest_codes(k, codebook)
+    codes = codes.at[3].set(codebook.shape[1])  # a device whose tokens are all padding
 
     def local(k, codes):
         found = vq.code_statistics(k, codes, codebook, axis_name="data")
-        return found.sums, found.counts
+        return found.commitment, (found.sums, found.counts)
 
     part = PartitionSpec("data")
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(part, part), out_specs=PartitionSpec(), check_vma=False
-    )
-    whole = vq.code_statistics(k, codes, codebook)
-    sums, counts = jax.jit(mapped)(k, codes)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(part, part), out_specs=PartitionSpec())
+    (commitment, (sums, counts)), slope = jit(jax.value_and_grad(mapped, has_aux=True))(k, codes)
+
+    def alone(k):
+        found = vq.code_statistics(k, codes, codebook)
+        return found.commitment, found
+
+    (_, whole), expected = jax.value_and_grad(alone, has_aux=True)(k)
     np.testing.assert_allclose(sums, whole.sums, atol=1e-12)
     np.testing.assert_array_equal(counts, whole.counts)
+    np.testing.assert_allclose(commitment, whole.commitment, rtol=1e-12)
+    np.testing.assert_allclose(slope, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_half_precision_activations():
     layer = make(param_dtype=jnp.float32, dtype=jnp.bfloat16)
     x = inputs(9).astype(jnp.bfloat16)
-    y, found = jax.jit(lambda x: layer(x, statistics=True))(x)
+    y, found = jit(lambda x: layer(x, statistics=True))(x)
     assert y.dtype == jnp.bfloat16
     assert found.sums.dtype == found.commitment.dtype == jnp.float32
     assert layer.codebook().dtype == jnp.float32

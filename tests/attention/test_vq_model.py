@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxkit_experiments.training import train
 
 from jaxkit.attention import vq
-from tests.attention.vq_cases import XLA
+from tests.attention.vq_cases import XLA, jit
 
 SMALL = {"dim": 8, "layers": 2, "key_dim": 4, "num_codes": 5, "block_length": 3}
 
@@ -37,7 +37,7 @@ def test_map_and_stream_agree_and_padding_goes_unseen(options):
     # The second sequence is two tokens shorter, padded on the left.
     mask = jnp.arange(11)[None] >= jnp.asarray([[0], [2]])
 
-    @jax.jit
+    @jit
     def run(x):
         whole = model(x, mask=mask)
         first, state = model.prefill(model.init_state((2,)), x[:, :6], mask=mask[:, :6])
@@ -52,19 +52,19 @@ def test_map_and_stream_agree_and_padding_goes_unseen(options):
     other = run(x.at[1, :2].set(3))[0]
     np.testing.assert_allclose(other[1, 2:], whole[1, 2:], atol=1e-12)
     if "positions" not in options:
-        alone = jax.jit(lambda x: model(x))(x[1:, 2:])
+        alone = jit(lambda x: model(x))(x[1:, 2:])
         np.testing.assert_allclose(alone, whole[1:, 2:], atol=1e-12)
 
 
 def test_generation_equals_repeated_prediction():
     model = make()
     prompt = tokens(4)
-    run = jax.jit(lambda p: model.generate(p, 9, key=jax.random.key(0), temperature=0.0))
+    run = jit(lambda p: model.generate(p, 9, key=jax.random.key(0), temperature=0.0))
     drawn = run(prompt)
     assert drawn.shape == (2, 9)
     assert drawn.dtype == prompt.dtype
     whole = jnp.concatenate([prompt, drawn], axis=1)
-    logits = jax.jit(lambda x: model(x))(whole)
+    logits = jit(lambda x: model(x))(whole)
     np.testing.assert_array_equal(jnp.argmax(logits[:, 3:-1], axis=-1), drawn)
 
 
@@ -89,8 +89,8 @@ def test_loss_is_the_mean_cross_entropy_plus_the_commitment():
     model = make()
     x = tokens()
     mask = jnp.arange(11)[None] >= jnp.asarray([[0], [3]])
-    loss, aux = jax.jit(lambda x: vq.next_token_loss(model, x, mask=mask, commitment_weight=0.5))(x)
-    logits, found = jax.jit(lambda x: model(x, mask=mask, statistics=True))(x)
+    loss, aux = jit(lambda x: vq.next_token_loss(model, x, mask=mask, commitment_weight=0.5))(x)
+    logits, found = jit(lambda x: model(x, mask=mask, statistics=True))(x)
     logp = np.log(np.asarray(jax.nn.softmax(logits)))
     chosen = np.take_along_axis(logp[:, :-1], np.asarray(x)[:, 1:, None], -1)[..., 0]
     expected = -chosen[np.asarray(mask)[:, 1:]].mean()
@@ -99,12 +99,12 @@ def test_loss_is_the_mean_cross_entropy_plus_the_commitment():
     np.testing.assert_allclose(loss, expected + 0.5 * commitment, rtol=1e-12)
     np.testing.assert_allclose(aux.commitment, commitment, rtol=1e-12)
     assert [int(layer.counts.sum()) for layer in aux.statistics] == [int(mask.sum())] * 2
-    given, _ = jax.jit(
+    given, _ = jit(
         lambda x: vq.next_token_loss(
             model, x, targets=jnp.roll(x, -1, 1), loss_mask=jnp.arange(11)[None] + 0 * x < 10
         )
     )(x)
-    shifted, _ = jax.jit(lambda x: vq.next_token_loss(model, x))(x)
+    shifted, _ = jit(lambda x: vq.next_token_loss(model, x))(x)
     np.testing.assert_allclose(given, shifted, rtol=1e-12)
     assert vq.bits_per_byte(math.log(2), bytes_per_token=4) == 0.25
 
@@ -145,7 +145,7 @@ def test_pure_loss_and_update_over_eight_devices():
     model = make(head_type="mqa")
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    @jax.jit
+    @jit
     def step(params, books, x):
         def loss(params):
             model = nnx.merge(graph, params, rest, copy=True)
@@ -168,7 +168,7 @@ def test_pure_loss_and_update_over_eight_devices():
 def test_codebooks_from_data_fit_better():
     model = make(codebook_init="normal")
     x = tokens(40)
-    run = jax.jit(lambda books, x: _commitment(model, books, x))
+    run = jit(lambda books, x: _commitment(model, books, x))
     before = run(model.codebooks(), x)
     model.init_codebooks(jax.random.key(0), x, method="kmeans", steps=5)
     assert float(run(model.codebooks(), x)) < 0.5 * float(before)
@@ -182,7 +182,7 @@ def _commitment(model, books, x):
 
 def test_unknown_tokens_show():
     model = make(layers=1)
-    logits = jax.jit(lambda x: model(x))(jnp.asarray([[1, 7, 2], [1, 2, -1]]))
+    logits = jit(lambda x: model(x))(jnp.asarray([[1, 7, 2], [1, 2, -1]]))
     assert bool(jnp.isnan(logits[0, 1]).all())
     assert bool(jnp.isnan(logits[1, 2]).all())
     assert bool(jnp.isfinite(logits[1, :2]).all())

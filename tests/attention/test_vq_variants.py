@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkit.attention import vq
-from tests.attention.vq_cases import by_hand, card, operands
+from tests.attention.vq_cases import by_hand, card, jit, operands
 
 
 def soft_by_hand(q, k, v, codebook, temperature, causal, valid=None):
@@ -34,7 +34,7 @@ def test_soft_attention_is_its_double_sum(reduction):
     q, k, v, codebook = operands(length=11)
     mask = jnp.asarray(np.random.default_rng(5).random((2, 11)) < 0.7).at[1, 0].set(False)
 
-    @jax.jit
+    @jit
     def run(q, k, v):
         call = partial(vq.soft_attention, q, k, v, codebook, temperature=0.3)
         outs = [call(mask=mask, block_length=n, reduction=reduction) for n in (1, 4, 32)]
@@ -54,7 +54,7 @@ def test_soft_stream_continues_at_any_cut():
     q, k, v, codebook = operands(length=9)
     soft = {"temperature": 0.4}
 
-    @jax.jit
+    @jit
     def run(q, k, v):
         state = vq.soft_init_state(2, 2, 5, 3, dtype=v.dtype)
         part = lambda a, b: [x[:, :, a:b] for x in (q, k, v)]
@@ -68,10 +68,41 @@ def test_soft_stream_continues_at_any_cut():
     np.testing.assert_allclose(state.counts.sum(-1), 9, atol=1e-12)
 
 
+def test_what_is_not_finite_shows_in_what_sees_it_and_nowhere_else():
+    q, k, v, codebook = operands(batch=1, length=9)
+    q, k, v = (jnp.tile(x, (3, 1, 1, 1)) for x in (q, k, v))
+    k = k.at[1, 0, 4, 1].set(jnp.nan)
+    v = v.at[2, 0, 4, 2].set(jnp.inf)
+
+    @jit
+    def run(q, k, v):
+        soft = {"temperature": 0.4}
+        outs = {
+            name: vq.soft_attention(q, k, v, codebook, block_length=3, reduction=name, **soft)
+            for name in ("assoc_scan", "matmul")
+        }
+        each = lambda state, x: vq.soft_step(state, *x, codebook, **soft)[::-1]
+        tokens = tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))
+        _, stepped = jax.lax.scan(each, vq.soft_init_state(3, 2, 5, 3, dtype=v.dtype), tokens)
+        outs["step"] = jnp.moveaxis(stepped, 0, 2)
+        return outs, vq.bidirectional_attention(q, k, v, codebook)
+
+    outs, encoder = run(q, k, v)
+    outs["encoder"] = encoder
+    close = partial(np.testing.assert_allclose, atol=1e-12)
+    for name, out in outs.items():
+        first = 0 if name == "encoder" else 4
+        same = jnp.broadcast_to(out[:1], (2, *out.shape[1:]))
+        assert bool(jnp.isfinite(out[0]).all())
+        close(out[1:, 2:], same[:, 2:], err_msg=name)
+        close(out[1:, :2, :first], same[:, :2, :first], err_msg=name)
+        assert bool(jnp.isnan(out[1:, :2, first:]).all()), name
+
+
 def test_soft_gradients_are_exact_and_reach_keys_and_codes():
     q, k, v, codebook = operands(batch=1, heads=2, groups=1, length=8)
 
-    @jax.jit
+    @jit
     def grads(*args):
         def direct(q, k, v, codebook):
             square = jnp.sum((k[:, :, :, None] - codebook[None, :, None]) ** 2, axis=-1)
@@ -94,7 +125,7 @@ def test_soft_gradients_are_exact_and_reach_keys_and_codes():
 def test_soft_codes_become_hard_ones():
     q, k, v, codebook = card()
     hard = by_hand(q, k, v, codebook)
-    run = jax.jit(vq.soft_attention, static_argnames="temperature")
+    run = jit(vq.soft_attention, static_argnames="temperature")
     deviation = [
         float(jnp.abs(run(q, k, v, codebook, temperature=t) - hard).max())
         for t in (1.0, 1e-1, 1e-2, 1e-3)
@@ -113,12 +144,12 @@ def test_soft_codes_that_nothing_reaches_do_no_harm():
     codebook = jnp.concatenate([draw(1, 6, 4), jnp.full((1, 1, 4), 30.0)], axis=1)
     q = 5 * draw(1, 1, 40, 4) + 3
 
-    @jax.jit
     def run(q, k, v, codebook):
         out = vq.soft_attention(q, k, v, codebook, temperature=0.01, block_length=8)
         return jnp.sum(out**2), out
 
-    (_, out), grads = jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, codebook)
+    both = jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True))
+    (_, out), grads = both(q, k, v, codebook)
     assert float(jnp.abs(out).max()) <= float(jnp.abs(v).max()) * (1 + 1e-5)
     for grad in grads:
         assert bool(jnp.isfinite(grad).all())
@@ -129,7 +160,7 @@ def test_bidirectional_is_attention_to_all_codewords():
     mask = jnp.asarray(np.random.default_rng(5).random((2, 9)) < 0.7)
     mask = mask.at[1].set(False)
 
-    @jax.jit
+    @jit
     def run(q, k, v):
         out = partial(vq.bidirectional_attention, codebook=codebook)
         loss = lambda q, k, v: jnp.sum(out(q, k, v) ** 2)

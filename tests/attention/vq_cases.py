@@ -1,6 +1,7 @@
 """Operands, and the definition once more in NumPy loops, for the tests of jaxkit.attention.vq."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from jaxkit.attention import vq
 # The first check of the card.
 CODEBOOK = np.array([[0.8, 0.2], [-0.5, 0.7], [-0.6, -0.6], [0.4, -0.9]])
 TABLE = np.array([[0.5, 0.3, 0.1, -0.2]])
+# Compiling takes most of the time of these tests, and half of that is for speed that small operands
+# have no use for.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # Tests call the pure-JAX kernel by name: `auto` traces those of every platform.
 XLA = {"implementation": "xla"}
 

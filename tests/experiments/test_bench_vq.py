@@ -116,6 +116,16 @@ def test_a_form_that_does_not_fit_is_not_run_and_says_so(monkeypatch):
 
 
 @pytest.mark.x32
+@pytest.mark.parametrize(("temp", "runs"), [(700, True), (900, False), (2000, False)])
+def test_what_fits_is_decided_by_scratch_too_and_leaves_a_fifth(monkeypatch, temp, runs):
+    plan = measure.Memory(temp=temp, arguments=50, outputs=0, peak=60)
+    monkeypatch.setattr(measure, "measure_memory", lambda *_: plan)
+    monkeypatch.setattr(measure, "available_memory", lambda: 1000)
+    _, record = vq.attention(dataclasses.replace(TINY, lengths=(32,), targets=(4.0,)))
+    assert ("quadratic" in record["32"]["timings"]) == runs
+
+
+@pytest.mark.x32
 def test_counted_work_is_that_of_the_card():
     sizes = vq.Sizes(
         block_length=512, codes=512, key_dim=128, value_dim=1536, lengths=(2048,), tokens=64

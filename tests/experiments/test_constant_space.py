@@ -27,7 +27,24 @@ def test_dense_outputs_are_those_of_the_layerwise_form():
 def test_the_program_whose_memory_is_measured_gives_the_last_output(mode):
     model, params, tokens = space.random_problem(2, 6, 0, dim=4, dtype=jnp.float64)
     got = jax.jit(space.program(mode, model, 6))(params, tokens)
-    want = space.dense_outputs(model, params, tokens)[-1]
+    want = jax.jit(space.dense_outputs, static_argnums=0)(model, params, tokens)[-1]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
+    # And so does the call that is timed, however often it decodes the last token.
+    if mode == "recompute":
+        timed = space.newest_token(mode, model, params, tokens, count=2)
+        np.testing.assert_allclose(timed(), want, rtol=0, atol=1e-13)
+
+
+def test_the_timed_call_decodes_the_last_token_alone():
+    model, params, tokens = space.random_problem(1, 6, 0, dim=4, dtype=jnp.float64)
+    got = space.newest_token("kv_cache", model, params, tokens, count=3)()
+    # Its buffers are zero elsewhere: five keys of score 0 and value 0 beside its own.
+    layer = jax.tree.map(lambda w: w[0], params.layers)
+    x, at = params.embed[tokens[-1]], jnp.int32(5)
+    q = model.query(layer, x, at)
+    k, v = model.key_value(layer, x, at)
+    weight = jnp.exp(q @ k[0] * q.shape[-1] ** -0.5)[:, None]
+    want = model.block(layer, x, weight / (5 + weight) * v)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
 
 

@@ -1,12 +1,15 @@
 """Every operation of `OPERATIONS` against one contract, as `test_contract` does for `CASES`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from tests.kernels import contract
-from tests.kernels.cases import OPERATIONS
+from tests.kernels.cases import CASES, OPERATIONS
 from tests.tolerance import tol
 
 FAST = ["xla", *contract.PALLAS]
@@ -145,3 +148,49 @@ def test_arguments_are_checked(op):
         op.function(*low, block_sizes=(8, 8))
     with pytest.raises(TypeError, match=r"must be a real floating-point array; got int32"):
         op.function(low[0].astype(jnp.int32), *low[1:])
+
+
+# How the operands of each operation are spread over the devices, by their first axis.
+SPREAD = {
+    "cauchy": (True, True, True, True, True, True),
+    "vandermonde": (True, True, True, True),
+    "nearest_code": (True, False),
+    "vq_attention": (True, True, True, False, True, True, False),
+}
+
+
+@pytest.mark.parametrize("op", [*CASES.values(), *OPERATIONS.values()], ids=lambda op: op.name)
+def test_inside_shard_map(op):
+    """The default implementation on a part for each device: values, and gradients of all."""
+    if op.name in CASES:
+        function = partial(op.function, length=21)
+        low, _ = contract.operands(op, 8, 3, jnp.float32)
+    else:
+        shape = {"nearest_code": (16, 5, 3), "vq_attention": (8, 2, 1, 3, 4, 5, 3, 2)}[op.name]
+        low = op.operands(shape, jnp.float32)
+        function = op.function
+        if op.name == "nearest_code":  # counts are of a part each
+            function = lambda *x: op.function(*x)._replace(counts=None)
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    whole, spread = PartitionSpec(), PartitionSpec("data")
+    specs = tuple(spread if part else whole for part in SPREAD[op.name])
+    parts = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spread, check_vma=True)
+    differentiable = tuple(range(len(low))) if op.name in CASES else op.differentiable
+
+    def both(function):
+        def loss(*args):
+            leaves = [x for x in jax.tree.leaves(function(*args)) if x.dtype == jnp.float32]
+            return sum(jnp.sum(x * x) for x in leaves)
+
+        def run(*args):
+            grads = jax.grad(loss, differentiable)(*args) if differentiable else ()
+            return function(*args), grads
+
+        return jax.jit(run)(*low)
+
+    got, want = both(parts), both(function)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if jnp.issubdtype(b.dtype, jnp.integer):
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert contract.error(a, b) <= 4 * tol(jnp.float32, 21)

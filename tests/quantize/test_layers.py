@@ -36,6 +36,14 @@ def equal(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
 
 
+call = nnx.jit(lambda layer, z, **options: layer(z, **options), static_argnames=("train", "stages"))
+decode = nnx.jit(lambda layer, index: layer.decode(index))
+initialize = nnx.jit(
+    lambda layer, key, z, **options: layer.initialize(key, z, **options),
+    static_argnames=("method", "steps"),
+)
+
+
 @pytest.mark.parametrize("codebook", ["ema", "loss", "simvq", "frozen"])
 @pytest.mark.parametrize(("heads", "shared"), [(1, False), (2, False), (2, True)])
 def test_a_layer_is_its_function(codebook, heads, shared):
@@ -53,28 +61,27 @@ def test_a_layer_is_its_function(codebook, heads, shared):
     )
     z, mask = random(5, 7, 6), jnp.arange(7)[None] < jnp.arange(3, 8)[:, None]
     quantize = vector_quantize if heads == 1 else product_quantize
-    expected = quantize(
-        layer.state(),
-        z,
-        mask=mask,
+    function = partial(
+        quantize,
         update=True,
         codebook="loss" if codebook == "simvq" else codebook,
         estimator="rotation",
         decay=0.9,
     )
+    expected = jax.jit(function)(layer.state(), z, mask=mask)
     before = layer.codebook()
-    out = nnx.jit(lambda layer, z, mask: layer(z, mask=mask))(layer, z, mask)
+    out = call(layer, z, mask=mask)
     equal(out[:3], expected[:3])
     equal(layer.codebook(), before)
-    out = nnx.jit(lambda layer, z, mask: layer(z, mask=mask, train=True))(layer, z, mask)
+    out = call(layer, z, mask=mask, train=True)
     equal(out, expected)
     equal(layer.state().ema, expected.state.ema)
     if codebook != "simvq":
         equal(layer.state(), expected.state)
-    again = layer(z)
-    equal(layer.decode(again.index), again.z_q)
+    again = call(layer, z, mask=jnp.ones_like(mask))
+    equal(decode(layer, again.index), again.z_q)
     assert out.index.shape == ((5, 7) if heads == 1 else (5, 7, 2))
-    assert np.isnan(layer.decode(out.index)[~np.asarray(mask)]).all()
+    assert np.isnan(decode(layer, out.index)[~np.asarray(mask)]).all()
     trained = nnx.state(layer, nnx.Param)
     assert (len(jax.tree.leaves(trained)) > 0) == (codebook in ("loss", "simvq"))
     assert len(jax.tree.leaves(nnx.state(layer, CodebookState))) == 2 + (codebook != "loss")
@@ -88,10 +95,10 @@ def test_initialize_from_data(metric, shared):
     )
     z = 3 * random(40, 4)
     mask = jnp.arange(40) % 4 > 0
-    error = lambda: float(layer(z, mask=mask).losses["commitment"])
-    layer.initialize(jax.random.key(0), z, method="data", mask=mask)
+    error = lambda: float(call(layer, z, mask=mask).losses["commitment"])
+    initialize(layer, jax.random.key(0), z, method="data", mask=mask)
     drawn = error()
-    layer.initialize(jax.random.key(0), z, mask=mask)  # starts from the same rows
+    initialize(layer, jax.random.key(0), z, mask=mask)  # starts from the same rows
     assert error() < 0.9 * drawn
     np.testing.assert_array_equal(layer.state().ema.counts, 1)
     equal(layer.state().ema.sums, layer.codebook())
@@ -99,8 +106,8 @@ def test_initialize_from_data(metric, shared):
         np.testing.assert_allclose(jnp.linalg.norm(layer.codebook(), axis=-1), 1, rtol=1e-12)
     if not shared:
         key = jax.random.split(jax.random.key(0), 2)[1]
-        own = kmeans(key, z[:, 2:], 5, steps=20, metric=metric, mask=mask).codebook
-        equal(layer.codebook()[1], own)
+        own = jax.jit(partial(kmeans, num_codes=5, steps=20, metric=metric))
+        equal(layer.codebook()[1], own(key, z[:, 2:], mask=mask).codebook)
 
 
 class AutoEncoder(nnx.Module):
@@ -123,6 +130,7 @@ class AutoEncoder(nnx.Module):
         {"estimator": "rotation"},
         {"codebook": "loss", "init": "normal", "revival_threshold": 0.5},
         {"codebook": "simvq"},
+        {"estimator": "gumbel", "init": "normal"},
         {"heads": 2, "revival_threshold": 0.5, "temperature": 0.1},
     ],
 )
@@ -132,7 +140,10 @@ def test_training_lowers_the_reconstruction_error(options):
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, optimizer, key):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def train(carry, key):
+        model, optimizer = carry
+
         def loss(model):
             y, out = model(x, train=True, key=key)
             error = jnp.mean((x - y) ** 2)
@@ -140,10 +151,10 @@ def test_training_lowers_the_reconstruction_error(options):
 
         grads, error = nnx.grad(loss, has_aux=True)(model)
         optimizer.update(model, grads)
-        return error
+        return carry, error
 
     with jax.numpy_dtype_promotion("standard"):  # optax's bias correction: float ** int
-        values = [float(step(model, optimizer, jax.random.key(i))) for i in range(400)]
+        _, values = train((model, optimizer), jax.random.split(jax.random.key(0), 400))
     assert values[-1] < 0.4 * np.mean(np.square(x))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(nnx.state(model)))
 
@@ -170,11 +181,30 @@ def test_revival_reaches_a_learned_codebook_inside_grad():
 def test_temperature_is_for_training():
     layer = VectorQuantizer(2, 8, temperature=5.0, init="normal", rngs=nnx.Rngs(0))
     z = random(50, 2, dtype=jnp.float32)
-    np.testing.assert_array_equal(layer(z).index, layer(z).index)
+    nearest = call(layer, z).index
+    np.testing.assert_array_equal(call(layer, z).index, nearest)
+    np.testing.assert_array_equal(call(layer, z, key=jax.random.key(0)).index, nearest)
     with pytest.raises(ValueError, match="key must be a random key"):
         layer(z, train=True)
-    sampled = layer(z, train=True, key=jax.random.key(0)).index
-    assert (np.asarray(sampled) != np.asarray(layer(z).index)).any()
+    sampled = call(layer, z, train=True, key=jax.random.key(0)).index
+    assert (np.asarray(sampled) != np.asarray(nearest)).any()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_noise_of_gumbel_is_for_training(heads):
+    """Without a key in evaluation; codes are parameters, and no loss pulls them together."""
+    layer = VectorQuantizer(4, 8, estimator="gumbel", heads=heads, init="normal", rngs=nnx.Rngs(0))
+    z = random(50, 4, dtype=jnp.float32)
+    out = call(layer, z)
+    equal(call(layer, z, key=jax.random.key(0)), out)
+    equal(decode(layer, out.index), out.z_q)
+    assert out.losses == {}
+    assert len(jax.tree.leaves(nnx.state(layer, nnx.Param))) == 1
+    drawn = call(layer, z, train=True, key=jax.random.key(0))
+    assert (np.asarray(drawn.index) != np.asarray(out.index)).any()
+    assert float(jnp.sum(layer.counts[...])) != float(layer.counts[...].size)
+    with pytest.raises(ValueError, match="key must be a random key"):
+        layer(z, train=True)
 
 
 def test_state_can_be_split_merged_and_set():
@@ -204,21 +234,21 @@ def test_residual_layer_is_its_function(codebook):
     )
     z = random(30, 3)
     if codebook != "simvq":
-        layer.initialize(jax.random.key(0), z, steps=5)
-    expected = residual_quantize(
-        layer.state(),
-        z,
+        initialize(layer, jax.random.key(0), z, steps=5)
+    function = partial(
+        residual_quantize,
         update=True,
         codebook="loss" if codebook == "simvq" else codebook,
         estimator="rotation",
         per_stage=True,
     )
-    out = layer(z, train=True)
+    expected = jax.jit(function)(layer.state(), z)
+    out = call(layer, z, train=True)
     equal(out, expected)
-    again = layer(z)
-    equal(layer.decode(again.index), again.z_q)
-    part = layer(z, stages=2)
-    equal(layer.decode(part.index), part.z_q)
+    again = call(layer, z)
+    equal(decode(layer, again.index), again.z_q)
+    part = call(layer, z, stages=2)
+    equal(decode(layer, part.index.astype(jnp.uint8)), part.z_q)
     assert np.isnan(layer.decode(jnp.array([8, 4, 2]))).all()
 
 
@@ -249,7 +279,7 @@ def test_fsq_and_lfq_layers():
 def test_layers_with_a_users_settings():
     z = random(16, 4, dtype=jnp.bfloat16)
     layer = VectorQuantizer(4, 8, estimator="rotation", rngs=nnx.Rngs(0))
-    out = layer(z, train=True)
+    out = call(layer, z, train=True)
     assert out.z_q.dtype == jnp.bfloat16
     assert layer.codebook().dtype == jnp.float32
 

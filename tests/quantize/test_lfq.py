@@ -66,6 +66,12 @@ def test_gradient_by_differences_and_at_extremes():
     assert np.isfinite(jax.grad(loss)(extreme)).all()
     sure, _ = lfq_entropies(jnp.full((1, 3), 1e4))
     assert float(sure) == 0.0
+    # An infinite feature is a sure bit, and has no gradient; the others are as if it were large.
+    large = jnp.array([[1e5, -1e5, 0.2], [-1e5, 0.1, -1e5]])
+    infinite = jnp.where(jnp.abs(large) > 1, large * jnp.inf, large)
+    np.testing.assert_array_equal(lfq_entropies(infinite), lfq_entropies(large))
+    np.testing.assert_array_equal(jax.grad(loss)(infinite), jax.grad(loss)(large))
+    np.testing.assert_array_equal(jax.grad(loss)(infinite)[:, 0], 0)
 
 
 def test_groups_bound_the_entropy_of_the_mean():

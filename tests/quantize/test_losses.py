@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxkit.quantize import (
     code_counts,
@@ -42,6 +44,30 @@ def test_means_over_all_elements_or_sums_over_features(loss):
     assert float(loss(z, q, mask=jnp.zeros((4, 5), bool))) == 0.0
     half = loss(z.astype(jnp.bfloat16), q.astype(jnp.bfloat16))
     assert half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_mean_is_over_the_vectors_of_all_devices(masked):
+    """Devices with few and with many vectors, one with none; and the gradients inside."""
+    z, q = random(16, 3, 2), random(16, 3, 2, seed=1)
+    share = np.linspace(-0.2, 1, 16)[:, None]
+    mask = jnp.asarray(np.random.default_rng(0).random((16, 3)) < share) if masked else None
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+
+    def both(z, q, mask, axis_name=None):
+        def loss(z, q):
+            common = {"mask": mask, "axis_name": axis_name}
+            return commitment_loss(z, q, **common) + 3 * codebook_loss(z, q, **common)
+
+        return jax.value_and_grad(loss, (0, 1))(z, q)
+
+    where = P("data")
+    spread = jax.shard_map(
+        partial(both, axis_name="data"), mesh=mesh, in_specs=where, out_specs=(P(), (where, where))
+    )
+    got, expected = jax.jit(spread)(z, q, mask), both(z, q, mask)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-16)
 
 
 @pytest.mark.parametrize("codes", [3, 7])

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxkit.quantize import lookup, nearest_code, normalize, sample_code, squared_distances
+from jaxkit.quantize import (
+    batch_statistics,
+    code_counts,
+    fsq_code,
+    lfq_code,
+    lookup,
+    nearest_code,
+    normalize,
+    sample_code,
+    squared_distances,
+)
 from tests.tolerance import tol
 
 
@@ -161,6 +171,21 @@ def test_lookup_shows_what_is_no_code():
     np.testing.assert_array_equal(lookup(codebook, index, pad="zeros")[1], 0)
     gradient = jax.grad(lambda c: jnp.sum(lookup(c, index, pad="zeros")))(codebook)
     np.testing.assert_array_equal(gradient, np.array([1, 0, 0, 1])[:, None] * np.ones((4, 2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16, jnp.uint32, jnp.int64])
+def test_codes_may_be_stored_in_few_bits(dtype):
+    """K = 256 does not fit into the 8 bits that its codes do, nor 70000 into 16."""
+    stored = jnp.asarray([0, 3, 100, 127], dtype)
+    index = stored.astype(jnp.int32)
+    codebook = random(256, 2)
+    np.testing.assert_array_equal(lookup(codebook, stored), codebook[index])
+    for codes in (256, 70000):
+        np.testing.assert_array_equal(np.flatnonzero(code_counts(stored, codes)), np.asarray(index))
+        counts = batch_statistics(random(4, 2), stored, codes)[1]
+        np.testing.assert_array_equal(np.flatnonzero(counts), np.asarray(index))
+    np.testing.assert_array_equal(fsq_code(stored, (8, 8, 4)), fsq_code(index, (8, 8, 4)))
+    np.testing.assert_array_equal(lfq_code(stored, 8), lfq_code(index, 8))
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxkit.quantize import (
     ESTIMATORS,
@@ -176,14 +178,22 @@ def test_revival_brings_back_every_code(codebook, metric):
     z = jnp.abs(random(64, 2))
     step = partial(vector_quantize, update=True, codebook=codebook, metric=metric, decay=0.5)
 
-    def run(state, key, **options):
-        for one in jax.random.split(key, 4):
-            state = jax.jit(partial(step, **options))(state, z, key=one).state
-        return state, len(set(np.asarray(step(state, z).index).tolist()))
+    @jax.jit
+    @jax.vmap
+    def run(threshold):  # 0: without revival
+        one = lambda state, key: step(state, z, key=key, revival_threshold=threshold, reset_size=2)
+        return jax.lax.scan(
+            lambda state, key: (one(state, key).state, one(state, key).index),
+            far,
+            jax.random.split(jax.random.key(0), 5),
+        )
 
-    assert run(far, jax.random.key(0))[1] == 1
-    state, used = run(far, jax.random.key(0), revival_threshold=0.9, reset_size=2.0)
-    assert used >= 6
+    (_, state), (without, revived) = (
+        [jax.tree.map(lambda x, i=i: x[i], part) for i in range(2)]
+        for part in run(jnp.array([0.0, 0.9]))
+    )
+    assert len(set(without[-1].tolist())) == 1
+    assert len(set(revived[-1].tolist())) >= 6
     rows = np.asarray(normalize(z) if metric == "cosine" else z)
     if codebook == "loss":
         # Codes are rows of the batch, and the one that lived was not touched.
@@ -195,8 +205,8 @@ def test_revival_brings_back_every_code(codebook, metric):
 def test_sampling_and_gumbel():
     z, state = random(3000, 2), vq_init(random(4, 2, seed=1))
     key = jax.random.key(0)
-    out = vector_quantize(state, z, temperature=1.0, key=key)
-    nearest = vector_quantize(state, z)
+    out = jax.jit(partial(vector_quantize, temperature=1.0))(state, z, key=key)
+    nearest = jax.jit(vector_quantize)(state, z)
     assert 0.2 < float(jnp.mean(out.index == nearest.index)) < 0.95
     np.testing.assert_array_equal(out.z_q, lookup(state.codebook, out.index))
 
@@ -208,31 +218,80 @@ def test_sampling_and_gumbel():
 
     assert float(jnp.max(jnp.abs(jax.grad(loss)(state.codebook, "loss")))) > 0.1
     np.testing.assert_array_equal(jax.grad(loss)(state.codebook, "ema"), 0)
-    gumbel = vector_quantize(state, z, estimator="gumbel", key=key, metric="cosine")
+    run = jax.jit(partial(vector_quantize, estimator="gumbel", metric="cosine"))
+    gumbel = run(state, z, key=key)
     np.testing.assert_allclose(jnp.linalg.norm(gumbel.z_q, axis=-1), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_gumbel_without_a_key_takes_the_nearest_code(metric):
+    """With the gradient of the mixture, its noise left out; and without losses of its own."""
+    z, codes, g = random(9, 3), random(6, 3, seed=1), random(9, 3, seed=2)
+    unit = normalize if metric == "cosine" else lambda x: x
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def run(z, codes):
+        out = vector_quantize(vq_init(codes), z, estimator="gumbel", metric=metric)
+        return jnp.sum(g * out.z_q), out
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1))
+    def mixture(z, codes):
+        z, codes = unit(z), unit(codes)
+        distances = jnp.sum((z[:, None] - codes[None]) ** 2, axis=-1)
+        return jnp.sum(g * (jax.nn.softmax(-distances) @ codes))
+
+    gradient, out = run(z, codes)
+    np.testing.assert_array_equal(out.index, nearest_code(z, codes, metric=metric))
+    equal(out.z_q, lookup(unit(codes), out.index))
+    assert out.losses == {}
+    equal(gradient, mixture(z, codes))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"estimator": "gumbel"}])
+def test_devices_draw_noise_of_their_own(options):
+    """From one key, with which all of them revive the same codes."""
+    z = jnp.tile(random(9, 3), (8, 1))
+    state = vq_init(random(6, 3, seed=1))
+
+    def step(z):
+        out = vector_quantize(
+            state,
+            z,
+            update=True,
+            key=jax.random.key(0),
+            revival_threshold=1.0,
+            axis_name="data",
+            **options,
+        )
+        return out.index, out.state
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    spread = jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P()))
+    index, new = jax.jit(spread)(z)
+    assert len({tuple(row) for row in np.asarray(index).reshape(8, 9)}) == 8
+    counts = 0.99 + 0.01 * np.bincount(np.asarray(index), minlength=6)
+    np.testing.assert_allclose(new.ema.counts, np.maximum(counts, 1.0), rtol=1e-14)
 
 
 def test_product_codes_are_one_quantizer_a_head():
     z, codebooks = random(5, 8, 6), random(2, 7, 3, seed=1)
     mask = jnp.asarray(np.random.default_rng(2).random((5, 8)) > 0.3)
-    options = {"update": True, "estimator": "rotation", "mask": mask}
-    out = jax.jit(partial(product_quantize, update=True, estimator="rotation"))(
-        jax.vmap(vq_init)(codebooks), z, mask=mask
-    )
+    options = {"update": True, "estimator": "rotation"}
+    one = jax.jit(partial(vector_quantize, **options))
+    out = jax.jit(partial(product_quantize, **options))(jax.vmap(vq_init)(codebooks), z, mask=mask)
     assert out.index.shape == (5, 8, 2)
     for head in range(2):
-        own = vector_quantize(vq_init(codebooks[head]), split_heads(z, 2)[..., head, :], **options)
+        own = one(vq_init(codebooks[head]), split_heads(z, 2)[..., head, :], mask=mask)
         equal(split_heads(out.z_q, 2)[..., head, :], own.z_q)
         np.testing.assert_array_equal(out.index[..., head], own.index)
         equal(jax.tree.map(lambda x, head=head: x[head], out.state), own.state)
-    shared = product_quantize(vq_init(codebooks[0]), z, mask=mask, update=True)
-    parts = split_heads(z, 2)
-    own = vector_quantize(
-        vq_init(codebooks[0]), parts, mask=jnp.stack([mask, mask], -1), update=True
-    )
+    shared = jax.jit(partial(product_quantize, **options))(vq_init(codebooks[0]), z, mask=mask)
+    own = one(vq_init(codebooks[0]), split_heads(z, 2), mask=jnp.stack([mask, mask], -1))
     equal(shared, own._replace(z_q=merge_heads(own.z_q)))
-    keyed = product_quantize(
-        jax.vmap(vq_init)(codebooks), z, key=jax.random.key(0), temperature=1.0
+    keyed = jax.jit(partial(product_quantize, temperature=1.0))(
+        jax.vmap(vq_init)(codebooks), z, key=jax.random.key(0)
     )
     assert keyed.index.shape == (5, 8, 2)
 
@@ -242,8 +301,9 @@ def test_residual_codes():
     states = [vq_init(random(n, 4, seed=n) / (i + 1)) for i, n in enumerate((5, 6, 7))]
     out = jax.jit(partial(residual_quantize, update=True))(states, z)
     residual, total, losses = np.asarray(z), 0.0, 0.0
+    one = jax.jit(partial(vector_quantize, update=True))
     for stage, state in enumerate(states):
-        own = vector_quantize(state, jnp.asarray(residual), update=True)
+        own = one(state, jnp.asarray(residual))
         np.testing.assert_array_equal(out.index[:, stage], own.index)
         equal(out.state[stage], own.state)
         total = total + np.asarray(own.z_q)
@@ -293,9 +353,10 @@ def test_residual_stages_can_be_left_out():
         equal(out.state[:2], two.state)
         equal(out.state[2], states[2])
         np.testing.assert_array_equal(out.index[:, 2], 5)
-    each = residual_quantize(states, z, stages=jnp.arange(9) % 3 + 1)
+    numbers = jnp.arange(9) % 3 + 1
+    each = run(states, z, stages=numbers)
     for row in range(9):
-        one = residual_quantize(states, z[row], stages=row % 3 + 1)
+        one = run(states, z[row], stages=numbers[row])
         equal(each.z_q[row], one.z_q)
         np.testing.assert_array_equal(each.index[row], one.index)
 
@@ -304,14 +365,14 @@ def test_residual_masks_and_initialisation():
     z = random(200, 4)
     mask = jnp.arange(200) % 5 > 0
     dirty = jnp.where(mask[:, None], z, jnp.nan)
+    run = jax.jit(lambda states, stages: residual_quantize(states, dirty, mask=mask, stages=stages))
+    init = jax.jit(partial(residual_init, num_codes=(16, 8, 4), steps=8), static_argnames="method")
     for method in ("kmeans", "data"):
-        states = residual_init(
-            jax.random.key(0), dirty, (16, 8, 4), method=method, mask=mask, steps=8
-        )
+        states = init(jax.random.key(0), dirty, method=method, mask=mask)
         assert [s.codebook.shape for s in states] == [(16, 4), (8, 4), (4, 4)]
         errors = []
         for stages in (1, 2, 3):
-            out = residual_quantize(states, dirty, mask=mask, stages=stages)
+            out = run(states, jnp.int32(stages))
             np.testing.assert_array_equal(out.z_q[~mask], 0)
             errors.append(float(jnp.mean((out.z_q - z)[mask] ** 2)))
         assert errors[0] > errors[1] > errors[2] or method == "data"
@@ -354,7 +415,7 @@ def test_errors_name_the_argument():
         (lambda: run(update=True, smoothing="x"), "smoothing must be one of"),
         (lambda: run(commitment_weight=-1.0), "commitment_weight must be at least 0"),
         (lambda: run(temperature=1.0), "key must be a random key"),
-        (lambda: run(estimator="gumbel"), "key must be a random key"),
+        (lambda: run(estimator="gumbel", update=True), "key must be a random key"),
         (lambda: run(update=True, revival_threshold=1.0), "key must be a random key"),
         (lambda: run(codebook="frozen", revival_threshold=1.0), "revival_threshold must be 0"),
         (lambda: run(mask=jnp.ones(3, bool)), "mask must have shape"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxkit.quantize import FSQ, LFQ, VectorQuantizer, vector_quantize
+from jaxkit.quantize import FSQ, LFQ, VectorQuantizer
 
 __all__ = ["Bottleneck", "Quantized", "width"]
 
@@ -50,7 +50,6 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, config: Any, arm: Mapping[str, Any], z: jax.Array, key: jax.Array):
         self.kind = arm.get("quantizer", "codebook")
-        self.gumbel = arm.get("estimator") == "gumbel"
         self.layer: Any
         if self.kind == "fsq":
             self.layer = FSQ(config.levels)
@@ -59,6 +58,9 @@ class Bottleneck(nnx.Module):
         else:
             drawn, fitted = jax.random.split(key)
             from_data = arm["init"] in ("data", "kmeans")
+            weights: dict[str, Any] = {}
+            if arm["estimator"] != "gumbel":  # whose codes learn from the decoder, without losses
+                weights = {"commitment_weight": 1.0, "codebook_weight": 1.0}
             self.layer = VectorQuantizer(
                 config.code_dim,
                 config.codes,
@@ -67,28 +69,20 @@ class Bottleneck(nnx.Module):
                 init="uniform" if from_data else arm["init"],
                 rngs=nnx.Rngs(drawn),
                 decay=config.decay,
-                commitment_weight=1.0,
-                codebook_weight=1.0,
                 gumbel_temperature=config.temperature,
+                **weights,
             )
             if from_data:
                 self.layer.initialize(fitted, z, method=arm["init"], steps=config.kmeans_steps)
         self.num_codes: int = self.layer.num_codes
 
     def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Quantized:
-        """Quantize `[batch, tokens, d]`; with a key, as a training step that updates the codebook.
-
-        gumbel draws in training only, and has no losses of its own: its codes learn from the
-        decoder, and vectors and codes that are pulled to each other at random collapse.
-        """
+        """Quantize `[batch, tokens, d]`; with a key, as a step of training that moves codes."""
         if self.kind == "fsq":
             out = self.layer(z)
             return Quantized(out.z_q, out.index, {})
         if self.kind == "lfq":
             out, losses = self.layer(z)
             return Quantized(out.z_q, out.index, losses)
-        if self.gumbel and key is None:
-            out = vector_quantize(self.layer.state(), z)
-        else:
-            out = self.layer(z, train=key is not None, key=key)
-        return Quantized(out.z_q, out.index, {} if self.gumbel else out.losses)
+        out = self.layer(z, train=key is not None, key=key)
+        return Quantized(out.z_q, out.index, out.losses)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkit._checks import check_floating, check_int, check_real, is_traced
 from jaxkit._typing import Array
@@ -82,6 +83,8 @@ def check_scale(scale: Any, key_dim: int) -> Any:
     """The scale, by default 1/√dk."""
     if scale is None:
         return key_dim**-0.5
+    if jnp.ndim(scale) != 0:
+        raise ValueError(f"scale must be one number; got shape {jnp.shape(scale)}.")
     return check_real("scale", scale)
 
 
@@ -99,6 +102,8 @@ def check_window(window: Any, causal: bool) -> int | None:
 
 def check_soft_cap(soft_cap: Any) -> float | None:
     """The cap, a positive number."""
+    if is_traced(soft_cap):
+        raise TypeError(f"soft_cap must be a number, not traced; got {soft_cap}.")
     return None if soft_cap is None else float(check_real("soft_cap", soft_cap, above=0.0))
 
 
@@ -136,13 +141,17 @@ def check_kv_length(kv_length: Any, sizes: Sizes) -> Array | None:
     """How many keys are real: int32 [rows or 1], or None for all."""
     if kv_length is None:
         return None
-    if not is_traced(kv_length) and not hasattr(kv_length, "ndim"):
-        kv_length = check_int("kv_length", kv_length, least=0)
-        if kv_length > sizes.keys:
-            raise ValueError(
-                f"kv_length must be at most the number of keys, {sizes.keys}; got {kv_length}."
-            )
-    return per_row("kv_length", kv_length, sizes)
+    if not hasattr(kv_length, "ndim"):
+        check_int("kv_length", kv_length)
+    lengths = per_row("kv_length", kv_length, sizes)
+    # Of what lies on a device the shape alone is known.
+    if not isinstance(kv_length, jax.Array) and (
+        np.min(kv_length) < 0 or np.max(kv_length) > sizes.keys
+    ):
+        raise ValueError(
+            f"kv_length must be from 0 to the number of keys, {sizes.keys}; got {kv_length}."
+        )
+    return lengths
 
 
 def check_segments(

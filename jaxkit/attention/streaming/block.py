@@ -95,6 +95,7 @@ def blockwise_attention(
       offset: position of the first query among the keys; an integer, traced or not, or one for
         each example. Default: S − T, the queries are the last positions.
       kv_length: how many keys are real, the rest is padding; an integer or one for each example.
+        In an array of JAX, more than all counts as all, fewer than none as none.
       segment_ids: queries see only keys of their own segment.
       kv_segment_ids: segments of the keys. Default: those of the queries, if T = S.
       mask: true where visible; broadcasts to `[*batch, heads, queries, keys]`.
@@ -142,9 +143,10 @@ def blockwise_attention(
     window = _options.check_window(window, causal)
     bias = _options.pairwise("bias", bias, sizes, boolean=False)
     sinks = _options.check_sinks(sinks, sizes)
-    if is_traced(scale) or hasattr(scale, "ndim"):
-        q = (q.astype(_options.work_dtype(q, scale)) * scale).astype(q.dtype)
-        scale = 1.0
+    dtype = _options.work_dtype(q, k, v, bias)
+    out_dtype = q.dtype if out_dtype is None else out_dtype
+    if is_traced(scale):
+        q, scale = q.astype(dtype) * scale.astype(dtype), 1.0
     static = _Static(
         float(scale),
         window,
@@ -155,7 +157,6 @@ def blockwise_attention(
         sizes.keys,
         precision,
     )
-    dtype = _options.work_dtype(q, k, v, bias)
     # [b, T, g, r, d], [b, S, g, d]; zeros fill up the last tiles.
     rows, groups, each = sizes.rows, sizes.groups, sizes.per_group
     queries = q.reshape(rows, sizes.queries, groups, each, sizes.key_dim)
@@ -179,7 +180,7 @@ def blockwise_attention(
     if sinks is not None:
         extra = jnp.broadcast_to(sinks.astype(dtype), lse.shape)
         out, lse = finalize(merge(unfinalize(Attended(out, lse)), sink(extra, sizes.value_dim)))
-    return Attended(out.astype(q.dtype if out_dtype is None else out_dtype), lse)
+    return Attended(out.astype(out_dtype), lse)
 
 
 def _pad(x: Array, axis: int, block: int) -> Array:

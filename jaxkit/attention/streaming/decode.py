@@ -153,7 +153,8 @@ def split_decode(
       k: keys, the query's own among them.
       v: values.
       splits: pieces; need not divide the number of keys.
-      kv_length: how many keys are real; an integer or one for each example. Default: all.
+      kv_length: how many keys are real, by default all; an integer or one for each example.
+        In an array of JAX, more than all counts as all, fewer than none as none.
       window: only the last so many of the real keys.
       mask: true where visible; broadcasts to `[*batch, heads, keys]`.
       bias: added to the scores; broadcasts likewise.
@@ -340,7 +341,8 @@ def chunked_prefill(
 
     Raises:
       TypeError: an argument has the wrong dtype.
-      ValueError: shapes or options do not fit, or `chunk` is below 1.
+      ValueError: shapes or options do not fit, `chunk` is below 1, or the prompt alone exceeds
+        the cache's capacity.
 
     Example:
       >>> import jax.numpy as jnp
@@ -365,6 +367,11 @@ def chunked_prefill(
             sizes.value_dim,
             dtype=k.dtype,
         )._replace(v=jnp.zeros(v.shape, v.dtype))
+    if cache.k.shape[-3] < sizes.keys:
+        raise ValueError(
+            f"cache must have room for the {sizes.keys} positions of q; "
+            f"got a capacity of {cache.k.shape[-3]}."
+        )
     options: dict[str, Any] = {
         "window": window,
         "scale": scale,

@@ -76,6 +76,8 @@ def page_turning(
         if len(lengths) != 1:
             raise ValueError(f"xs must have one length on all first axes; got {sorted(lengths)}.")
         length = lengths.pop()
+        if not length:
+            raise ValueError("xs must have at least one position; got none.")
         most = length if window is None else min(window, length)
         first = jax.tree.map(lambda x: x[0], xs)
         shape = jax.eval_shape(lambda s, x: step(s, x)[1], init, first)

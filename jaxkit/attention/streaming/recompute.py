@@ -373,7 +373,8 @@ def recompute(
       params: their parameters.
       tokens: an array, or a pytree of arrays, with positions on the first axis; later positions
         than the one asked for are not read.
-      position: i, an integer, traced or not. Default: the last position.
+      position: i, an integer, traced or not. Default: the last position. Where a traced one is
+        none of the positions, the output is NaN.
       implementation: "nested" (N statically nested loops), "stack" (a program of one size for any
         N), or "auto": nested up to 8 layers.
       limit: warn if more key visits than this are to be expected; None never warns. For a traced
@@ -409,6 +410,8 @@ def recompute(
         if place >= length:
             raise ValueError(f"position must be below the {length} positions; got {place}.")
         known = place + 1
+    elif jnp.ndim(position) or not jnp.issubdtype(jnp.result_type(position), jnp.integer):
+        raise TypeError(f"position must be an integer; got {position}.")
     at = jnp.asarray(position, jnp.int32)
     N = model.num_layers
     implementation = pick(implementation, N)
@@ -424,4 +427,5 @@ def recompute(
         x, counts = nested(model, shapes, layers, source, at, Counts.zero())
     else:
         x, counts = stack_machine(model, shapes, params.layers, N, source, at, Counts.zero())
+    x = jnp.where((at >= 0) & (at < length), x, jnp.full_like(x, jnp.nan))
     return forward_only(x, _MESSAGE), counts

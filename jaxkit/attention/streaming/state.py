@@ -85,6 +85,7 @@ def identity(shape: tuple[int, ...], dim: int, *, dtype: DType = jnp.float32) ->
       The identity of `merge`.
 
     Raises:
+      TypeError: `dtype` is not of real floating-point numbers.
       ValueError: `dim` is below 1.
 
     Example:
@@ -93,6 +94,8 @@ def identity(shape: tuple[int, ...], dim: int, *, dtype: DType = jnp.float32) ->
       [-inf -inf] [0. 0.] (2, 3)
     """
     dim = check_int("dim", dim, least=1)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be of real floating-point numbers; got {dtype}.")
     low, zero = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
     return SoftmaxState(low, zero, jnp.zeros((*shape, dim), dtype))
 
@@ -175,10 +178,13 @@ def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
 
     Args:
       a: one state.
-      b: another, of disjoint keys.
+      b: another, of disjoint keys; leading axes of 1 broadcast.
 
     Returns:
       Their union. Merging with `identity` changes nothing; two identities give an identity.
+
+    Raises:
+      ValueError: the states are of different shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -187,6 +193,16 @@ def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
       >>> print(both.m, both.l, both.o)
       1.0 1.0 [5.]
     """
+    try:
+        jnp.broadcast_shapes(a.m.shape, b.m.shape)
+        fits = a.o.shape[-1] == b.o.shape[-1]
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"b must have the shapes of a, m {a.m.shape} and o {a.o.shape}; "
+            f"got {b.m.shape} and {b.o.shape}."
+        )
     # Gradients flow through m_1 and m_2 (a sink is learned there), never through the maximum.
     m = jax.lax.stop_gradient(jnp.maximum(a.m, b.m))
     shift = _finite(m)
@@ -256,6 +272,8 @@ def _finite_part(m: Array) -> Array:
 def unfinalize(partial: Attended) -> SoftmaxState:
     """A state with this result: `(lse, 1, out)`, so that partial results merge as states do.
 
+    Where lse is −∞ nothing was read, whatever `out` holds: the state is `(−∞, 0, 0)`.
+
     Args:
       partial: `(out, lse)`; `out` may have a narrower dtype than `lse`.
 
@@ -276,8 +294,11 @@ def unfinalize(partial: Attended) -> SoftmaxState:
             f"got shape {tuple(partial.out.shape)}."
         )
     dtype = work_dtype(partial.lse, partial.out)
-    lse = partial.lse.astype(dtype)
-    return SoftmaxState(lse, jnp.ones_like(lse), partial.out.astype(dtype))
+    lse, out = partial.lse.astype(dtype), partial.out.astype(dtype)
+    empty = jnp.isneginf(lse)
+    return SoftmaxState(
+        lse, (~empty).astype(dtype), jnp.where(empty[..., None], jnp.zeros_like(out), out)
+    )
 
 
 def merge_normalized(a: Attended, b: Attended) -> Attended:
@@ -292,6 +313,9 @@ def merge_normalized(a: Attended, b: Attended) -> Attended:
 
     Returns:
       Attention over both; `out` in the dtype of `a.out`.
+
+    Raises:
+      ValueError: the results are of different shapes.
 
     Example:
       >>> import jax.numpy as jnp

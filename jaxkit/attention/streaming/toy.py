@@ -22,7 +22,9 @@ def _norm(x: Array) -> Array:
 
 
 def _embed(table: Array, token: Array, position: Array) -> Array:
-    return table[token]
+    # A token that there is not shows as NaN; -1 would be the last one.
+    index = jnp.where(token < 0, len(table), token)
+    return table.at[index].get(mode="fill", fill_value=jnp.nan)
 
 
 def _query(layer: Params, x: Array, position: Array) -> Array:

@@ -1,5 +1,6 @@
 """Checks shared by all forms of the attention, and the axis sizes they work with."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,18 @@ import jax.numpy as jnp
 
 from jaxkit._checks import check_floating, check_int
 
-__all__ = ["HIGHEST", "MASKED", "Sizes", "check_bias", "check_codes", "check_mask", "sizes", "wide"]
+__all__ = [
+    "HIGHEST",
+    "MASKED",
+    "Sizes",
+    "check_bias",
+    "check_codes",
+    "check_mask",
+    "finite_rows",
+    "nan_where",
+    "sizes",
+    "wide",
+]
 
 # The score of what a query does not see: finite, since (-inf) - (-inf) is not a number.
 MASKED = -1e30
@@ -35,6 +47,17 @@ class Sizes(NamedTuple):
 def wide(dtype: Any) -> Any:
     """The dtype of statistics: float64 for float64, else float32."""
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype("float32")
+
+
+def finite_rows(*arrays: Any) -> Any:
+    """Whether all numbers along the last axis are finite, in all of the arrays."""
+    rows = [jnp.all(jnp.isfinite(x), axis=-1) for x in arrays]
+    return functools.reduce(jnp.logical_and, rows)
+
+
+def nan_where(spoiled: Any, dtype: Any) -> Any:
+    """NaN or 0, to be added to an output, so that its gradients show it too."""
+    return jnp.where(spoiled, jnp.full((), jnp.nan, dtype), jnp.zeros((), dtype))
 
 
 def sizes(q: Any, k: Any, v: Any, codebook: Any, *, axes: int = 4) -> Sizes:

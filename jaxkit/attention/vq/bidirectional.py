@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._typing import Array, Bool, Float, Int
-from jaxkit.attention.vq._operands import HIGHEST, check_mask, sizes, wide
+from jaxkit.attention.vq._operands import (
+    HIGHEST,
+    check_mask,
+    finite_rows,
+    nan_where,
+    sizes,
+    wide,
+)
 from jaxkit.attention.vq.block import Cache, masked_softmax, summarize
 from jaxkit.attention.vq.codes import quantize_keys
 
@@ -78,4 +85,6 @@ def attend_codes(
     weights = masked_softmax(scores, jnp.broadcast_to(some[:, :, None, None], scores.shape))
     means = cache.means.astype(dtype)
     out = jnp.einsum("bgpts,bgsd->bgptd", weights, means, precision=HIGHEST)
+    spoiled = ~jnp.all(finite_rows(means), axis=-1)
+    out = out + nan_where(spoiled, dtype)[:, :, None, None, None]
     return out.reshape(batch, heads, length, -1)

@@ -1,5 +1,6 @@
 """The block form: recent keys one by one, older ones as a count and a mean for each code."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,16 @@ import jaxkit_kernels as kernels
 
 from jaxkit._checks import check_choice, check_int
 from jaxkit._typing import Array, Bool, Float, Int
-from jaxkit.attention.vq._operands import HIGHEST, MASKED, check_bias, check_mask, sizes, wide
+from jaxkit.attention.vq._operands import (
+    HIGHEST,
+    MASKED,
+    check_bias,
+    check_mask,
+    finite_rows,
+    nan_where,
+    sizes,
+    wide,
+)
 from jaxkit.attention.vq.biases import rotate
 from jaxkit.attention.vq.codes import quantize_keys
 
@@ -17,6 +27,8 @@ __all__ = ["LOCALS", "REDUCTIONS", "Cache", "merge", "reduce_blocks", "summarize
 
 REDUCTIONS = ("serial", "assoc_scan", "matmul", "sum")
 LOCALS = ("blocks", "window")
+# Blocks of one step of the block recurrence.
+_STEP = 4
 
 
 class Cache(NamedTuple):
@@ -41,7 +53,8 @@ def summarize(
     """N_s = #{z_j = s} and μ_s = mean of their values, as a one-hot product.
 
     Args:
-      codes: z; what is out of range (the sentinel) counts nowhere.
+      codes: z; the sentinel S counts nowhere. S + 1, a key that is not finite, could be any code:
+        it counts everywhere, with NaN for its value.
       v: Values.
       num_codes: S.
 
@@ -56,7 +69,9 @@ def summarize(
     """
     dtype = wide(v.dtype)
     index = jnp.arange(num_codes, dtype=codes.dtype).reshape((1,) * codes.ndim + (-1,))
-    one_hot = codes[..., None] == index
+    lost = (codes > num_codes)[..., None]
+    one_hot = (codes[..., None] == index) | lost
+    v = jnp.where(lost, jnp.full((), jnp.nan, v.dtype), v)
     counts = jnp.sum(one_hot, axis=-2, dtype=jnp.int32)
     share = one_hot.astype(dtype) / jnp.maximum(counts, 1).astype(dtype)[..., None, :]
     means = jnp.einsum("...ts,...td->...sd", share, v.astype(dtype), precision=HIGHEST)
@@ -90,7 +105,7 @@ def _ratio(part: Array, whole: Array, dtype: Any) -> Array:
 def reduce_blocks(blocks: Cache, *, reduction: str = "assoc_scan") -> Cache:
     """The cache of blocks 0 … r for every r, along the axis of blocks.
 
-    - `serial`: a scan over blocks;
+    - `serial`: a scan over blocks (in `vq_attention`, of the attention with it);
     - `assoc_scan`: a parallel scan, depth log R;
     - `matmul`: F[s, r, b] = n_b[s] / Σ_{b ≤ r} n_b[s] times the means, S R² fractions;
     - `sum`: running sums and one division; fastest, least accurate where values are large.
@@ -140,13 +155,16 @@ def reduce_blocks(blocks: Cache, *, reduction: str = "assoc_scan") -> Cache:
         sums = jnp.cumsum(means * counts.astype(means.dtype)[..., None], axis=axis)
         return Cache(sums * _ratio(jnp.ones_like(total), total, means.dtype)[..., None], total)
     size = counts.shape[axis]
-    past = jnp.tril(jnp.ones((size, size), means.dtype)).reshape((1,) * axis + (size, size, 1))
+    past = jnp.tril(jnp.ones((size, size), bool)).reshape((1,) * axis + (size, size, 1))
     # [..., r, b, s]
-    fraction = _ratio(counts[..., None, :, :], total[..., :, None, :], means.dtype) * past
-    return Cache(
-        jnp.einsum("...rbs,...bsd->...rsd", fraction, means, precision=HIGHEST),
-        total,
-    )
+    fraction = _ratio(counts[..., None, :, :], total[..., :, None, :], means.dtype)
+    fraction = jnp.where(past, fraction, jnp.zeros_like(fraction))
+    # NaN times 0 is NaN: what is not finite in a block must not reach the blocks before it.
+    usable = finite_rows(means)
+    means = jnp.where(usable[..., None], means, jnp.zeros_like(means))
+    out = jnp.einsum("...rbs,...bsd->...rsd", fraction, means, precision=HIGHEST)
+    spoiled = jax.lax.cummax((~usable).astype(jnp.int32), axis=axis) > 0
+    return Cache(out + nan_where(spoiled, out.dtype)[..., None], total)
 
 
 def before_window(blocks: Cache, start: Cache, *, reduction: str) -> Cache:
@@ -207,7 +225,12 @@ def vq_attention(
     Equal to `quadratic_attention` for every block length ≥ the window. The gradient is that of the
     quadratic form where k̂ is straight-through in the two recent blocks and constant beyond
     (`quadratic_attention(block_length=...)`). Per token and group (S + 2 L)(dk + dv) products for
-    scores and values, S dk for the codes and S dv for the cache.
+    scores and values, S dk for the codes and S dv for the cache. A key or a value that is not
+    finite makes NaN of the outputs that see it, and of no others.
+
+    The reductions over blocks other than `serial` hold a cache for each of the R blocks, R S dv
+    numbers. `serial` is the recurrence of the whole layer: it carries one cache through a scan
+    over blocks, and its gradient keeps some √R of them and runs the scan again.
 
     Args:
       q: Queries; head h reads group ⌊h G/H⌋. Scaled, and holding u if the score has (q + u) · k̂.
@@ -221,12 +244,14 @@ def vq_attention(
       mask: True where a position counts. A query that sees nothing gives zeros.
       scale: Multiplies q.
       rotary_base: Rotate by min(i − j, W) (ReRoPE), with frequencies of this base.
-      reduction: Over blocks: `serial`, `assoc_scan`, `matmul` or `sum`; see `reduce_blocks`.
+      reduction: Over blocks: `serial` (least memory), `assoc_scan`, `matmul` or `sum`; see
+        `reduce_blocks`.
       cache: False drops what is older than the blocks r − 1 and r.
       local: Without the cache: `blocks`, or `window` to drop also the lags beyond W.
       grad_through_cache: False stops the gradient to v through μ.
       pad: False refuses a length that L does not divide.
-      implementation: Of the kernel; see `jaxkit_kernels.vq_attention`.
+      implementation: Of the kernel; see `jaxkit_kernels.vq_attention`. The Pallas kernels have no
+        rotation and no strict window.
 
     Returns:
       The outputs, in the dtype of `v`.
@@ -234,6 +259,7 @@ def vq_attention(
     Raises:
       TypeError: If dtypes do not fit or `codes` are no integers.
       ValueError: If shapes do not fit, `window` > L, or a name is unknown.
+      NotImplementedError: If the implementation named does not take these arguments.
 
     Example:
       >>> import jax
@@ -262,7 +288,7 @@ def vq_attention(
     if scale is not None:
         q = q * jnp.asarray(scale, q.dtype)
     keys, codes, valid = quantize_keys(k, codebook, codes=codes, mask=mask)
-    out, _ = attend(
+    return attend(
         q,
         keys,
         codes,
@@ -280,7 +306,6 @@ def vq_attention(
         grad_through_cache=grad_through_cache,
         implementation=implementation,
     )
-    return out
 
 
 def resolve_window(bias: Any, q: Any, window: int | None, block_length: int) -> int:
@@ -313,72 +338,150 @@ def attend(
     local: str,
     grad_through_cache: bool,
     implementation: Any,
-) -> tuple[Array, Cache]:
-    """The block form on quantised keys, with a cache of what came before the first block.
-
-    Returns the outputs and the caches of the blocks (unreduced), `[batch, groups, blocks, …]`.
-    """
+) -> Array:
+    """The block form on quantised keys, with a cache of what came before the first block."""
     length, num_codes = q.shape[2], codebook.shape[1]
     codebook = jax.lax.stop_gradient(codebook).astype(q.dtype)
-    q, keys, v = (_padded(x, block_length, axis=2) for x in (q, keys, v))
-    codes = _padded(codes, block_length, axis=2, fill=num_codes)
-    valid = _padded(valid, block_length, axis=1)
-    if bias is not None and bias.ndim == 4:
-        bias = _padded(bias, block_length, axis=2)
-
     # Whatever stands in the padding, NaN included, goes nowhere.
     v = jnp.where(valid[:, None, :, None], v, jnp.zeros_like(v))
-    values = v if grad_through_cache else jax.lax.stop_gradient(v)
+    rows = None if bias is None or bias.ndim == 2 else bias
+
+    def of_blocks(q: Array, rows: Array | None, kept: _Tokens, older: Cache) -> Array:
+        table_or_rows = bias if rows is None else rows
+        common: dict[str, Any] = {"block_length": block_length, "window": window}
+        operands = (q, kept.keys, kept.v, codebook if cache else codebook[:, :1])
+        strict = not cache and local == "window"
+        if rotary_base is None and not strict:
+            return kernels.vq_attention(
+                *operands,
+                *older,
+                table_or_rows,
+                valid=kept.valid,
+                implementation=implementation,
+                **common,
+            )
+        if implementation in ("pallas_tpu", "pallas_gpu"):
+            what = "rotary_base" if rotary_base is not None else "local='window'"
+            raise NotImplementedError(f"{implementation} has no kernel for {what}.")
+        return _attend_blocks(
+            *operands,
+            older,
+            table_or_rows,
+            kept.valid,
+            rotary_base=rotary_base,
+            strict=strict,
+            **common,
+        )
+
+    def of_each(kept: _Tokens) -> Cache:
+        """The cache of every block by itself."""
+        split = (*kept.codes.shape[:2], -1, block_length)
+        v = kept.v if grad_through_cache else jax.lax.stop_gradient(kept.v)
+        return summarize(kept.codes.reshape(split), v.reshape(*split, v.shape[-1]), num_codes)
+
+    kept = _Tokens(keys, codes, v, valid)
+    step = _STEP * block_length
+    if cache and reduction == "serial" and length > step:
+        return _in_series(q, rows, kept, start, of_blocks, of_each, num_codes, step, block_length)
+    q, rows, kept = _padded(q, rows, kept, num_codes, block_length)
     if cache:
-        split = (*codes.shape[:2], -1, block_length)
-        blocks = summarize(codes.reshape(split), values.reshape(*split, v.shape[-1]), num_codes)
-        if start is None:
-            start = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, 0]), blocks)
+        blocks = of_each(kept)
+        start = (
+            jax.tree.map(lambda x: jnp.zeros_like(x[:, :, 0]), blocks) if start is None else start
+        )
         older = before_window(blocks, start, reduction=reduction)
     else:
         # One code that nothing carries.
-        codebook = codebook[:, :1]
-        shape = (*codes.shape[:2], codes.shape[2] // block_length, 1)
-        older = blocks = Cache(
-            jnp.zeros((*shape, v.shape[-1]), wide(v.dtype)), jnp.zeros(shape, jnp.int32)
+        shape = (*codes.shape[:2], kept.codes.shape[2] // block_length, 1)
+        older = Cache(jnp.zeros((*shape, v.shape[-1]), wide(v.dtype)), jnp.zeros(shape, jnp.int32))
+    return of_blocks(q, rows, kept, older)[:, :, :length]
+
+
+class _Tokens(NamedTuple):
+    """What is kept of a stretch of tokens: valid `[batch, length]`, the others after it."""
+
+    keys: Array
+    codes: Array
+    v: Array
+    valid: Array
+
+
+def _in_series(
+    q: Array,
+    rows: Array | None,
+    kept: _Tokens,
+    start: Cache | None,
+    of_blocks: Any,
+    of_each: Any,
+    num_codes: int,
+    step: int,
+    block_length: int,
+) -> Array:
+    """The recurrence over steps of some blocks, carrying one cache and the last block.
+
+    The gradient keeps the carry of every √-th step, and of the steps between two of those while it
+    runs them again.
+    """
+    length = q.shape[2]
+    steps = -(-length // step)
+    root = math.isqrt(steps)
+    outer = min(range((root + 1) // 2, root + 1), key=lambda n: (-steps % n, -n))
+    q, rows, kept = _padded(q, rows, kept, num_codes, step * outer)
+
+    def split(x: Array) -> Array:
+        """[batch, heads, length, …] -> [outer, inner, batch, heads, step, …]."""
+        x = x.reshape(*x.shape[:2], outer, -1, step, *x.shape[3:])
+        return jnp.moveaxis(x, (2, 3), (0, 1))
+
+    def body(carry: tuple[Cache, _Tokens], now: Any) -> Any:
+        first, last = carry
+        q, rows, own = now
+        both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), last, own)
+        blocks = of_each(both)
+        chain = jax.tree.map(
+            lambda first, x: jnp.concatenate([first[:, :, None], x[:, :, :-1]], axis=2),
+            first,
+            blocks,
         )
-    strict = not cache and local == "window"
-    if rotary_base is None and not strict:
-        out = kernels.vq_attention(
-            q,
-            keys,
-            v,
-            codebook,
-            *older,
-            bias,
-            block_length=block_length,
-            valid=valid,
-            window=window,
-            implementation=implementation,
-        )
-    else:
-        out = _attend_blocks(
-            q,
-            keys,
-            v,
-            codebook,
+        chain = reduce_blocks(chain, reduction="serial")
+        older = jax.tree.map(lambda x: jnp.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2), chain)
+        # The last block has no queries any more; it is there to be seen.
+        behind = lambda x: jnp.pad(x, ((0, 0), (0, 0), (block_length, 0), (0, 0)))
+        out = of_blocks(
+            behind(q),
+            None if rows is None else behind(rows),
+            both._replace(valid=both.valid[:, 0]),
             older,
-            bias,
-            valid,
-            block_length=block_length,
-            window=window,
-            rotary_base=rotary_base,
-            strict=strict,
         )
-    return out[:, :, :length], blocks
+        after = jax.tree.map(lambda x: x[:, :, -1], chain)
+        last = jax.tree.map(lambda x: x[:, :, -block_length:], both)
+        return (after, last), out[:, :, block_length:]
+
+    kept = kept._replace(valid=kept.valid[:, None])
+    last = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, :block_length]), kept)
+    last = last._replace(codes=jnp.full_like(last.codes, num_codes))
+    empty = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, 0]), of_each(last))
+    start = jax.tree.map(lambda x, like: x.astype(like.dtype), start or empty, empty)
+    again = partial(jax.checkpoint, prevent_cse=False)
+    inner = again(lambda carry, xs: jax.lax.scan(again(body), carry, xs))
+    _, out = jax.lax.scan(inner, (start, last), jax.tree.map(split, (q, rows, kept)))
+    out = jnp.moveaxis(out, (0, 1), (2, 3))
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
 
 
-def _padded(x: Array, multiple: int, *, axis: int, fill: int = 0) -> Array:
-    extra = -x.shape[axis] % multiple
-    if not extra:
-        return x
-    widths = [(0, extra if at == axis else 0) for at in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
+def _padded(
+    q: Array, rows: Array | None, kept: _Tokens, num_codes: int, multiple: int
+) -> tuple[Array, Array | None, _Tokens]:
+    """All of them padded behind to a multiple, by tokens that are not valid."""
+    extra = -q.shape[2] % multiple
+
+    def pad(x: Array, axis: int = 2, fill: int = 0) -> Array:
+        widths = [(0, extra if at == axis else 0) for at in range(x.ndim)]
+        return jnp.pad(x, widths, constant_values=fill) if extra else x
+
+    keys, codes, v, valid = kept
+    kept = _Tokens(pad(keys), pad(codes, fill=num_codes), pad(v), pad(valid, axis=1))
+    return pad(q), None if rows is None else pad(rows), kept
 
 
 def _attend_blocks(
@@ -402,6 +505,10 @@ def _attend_blocks(
     own = jnp.arange(block_length)
     # Within a window of two blocks, so that angles stay small however long the sequence is.
     lag = block_length + own[:, None] - jnp.arange(2 * block_length)[None, :]
+
+    # What is not finite must not meet a weight of zero.
+    usable = finite_rows(keys, v)
+    keys, v = (jnp.where(usable[..., None], x, jnp.zeros_like(x)) for x in (keys, v))
 
     def two_blocks(x: Array) -> Array:
         x = x.reshape(*x.shape[:2], blocks, block_length, *x.shape[3:])
@@ -447,6 +554,9 @@ def _attend_blocks(
     weights = masked_softmax(jnp.concatenate([recent, cached], axis=-1), both)
     values = jnp.concatenate([values, cache.means.astype(dtype)], axis=3)
     out = jnp.einsum("bgprij,bgrjd->bgprid", weights, values, precision=HIGHEST)
+    spoiled = jnp.any(visible & two_blocks(~usable)[:, :, None, :, None], axis=-1)
+    lost = jnp.any(some & ~finite_rows(cache.means), axis=-1)
+    out = out + nan_where(spoiled | lost[:, :, None, :, None], dtype)[..., None]
     return out.reshape(batch, heads, time, -1).astype(v.dtype)
 
 

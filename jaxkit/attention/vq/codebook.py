@@ -26,6 +26,7 @@ from jaxkit.quantize import (
     kmeans,
     revive,
 )
+from jaxkit.quantize._common import psum
 
 __all__ = [
     "CODEBOOK_INITS",
@@ -156,7 +157,7 @@ def code_statistics(
       codebook: C.
       mask: True where a position counts.
       axis_name: Mesh axes over which the batch is spread, inside `shard_map`: sums and counts are
-        added up over them (the commitment stays the mean over this device's tokens).
+        added up over them, and the commitment is the mean over the tokens of all devices.
 
     Returns:
       The statistics; `commitment` alone has a gradient.
@@ -193,10 +194,9 @@ def code_statistics(
         return sums, counts, jnp.sum(gap**2)
 
     sums, counts, squares = jax.vmap(of_group)(rows, index, codebook)
-    total = jnp.maximum(jnp.sum(counted), 1).astype(squares.dtype)
-    return CodeStatistics(
-        jnp.sum(squares) / total, sums, counts, jax.lax.stop_gradient(rows), index
-    )
+    total = jnp.maximum(psum(jnp.sum(counted, dtype=jnp.int32), axis_name), 1)
+    commitment = psum(jnp.sum(squares), axis_name) / total.astype(squares.dtype)
+    return CodeStatistics(commitment, sums, counts, jax.lax.stop_gradient(rows), index)
 
 
 def update_codebook(

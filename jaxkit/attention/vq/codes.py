@@ -9,7 +9,7 @@ import jaxkit_kernels as kernels
 from jaxkit._typing import Array, Bool, Float, Int
 from jaxkit.attention.vq._operands import check_codes, check_mask, wide
 
-__all__ = ["QuantizedKeys", "nearest_codes", "quantize_keys"]
+__all__ = ["QuantizedKeys", "find_codes", "lookup", "nearest_codes", "quantize_keys"]
 
 
 class QuantizedKeys(NamedTuple):
@@ -17,7 +17,8 @@ class QuantizedKeys(NamedTuple):
 
     Attributes:
       keys: k̂, `[batch, groups, length, key_dim]`; zero where the code is the sentinel.
-      codes: z, int32 `[batch, groups, length]`; the number of codes marks padding.
+      codes: z, int32 `[batch, groups, length]`; the number of codes S marks padding, S + 1 a key
+        that is not finite, which could be any code.
       valid: Bool `[batch, length]`, False at padding.
     """
 
@@ -35,8 +36,8 @@ def nearest_codes(
 ) -> Int[Array, "batch groups length"]:
     """z = argmin_s ‖k − C_s‖², the lowest index on ties; the number of codes where `mask` is False.
 
-    Computed in float32 at least, in full precision. No gradient. A key that is not a number gets
-    the number of codes as well.
+    Computed in float32 at least, in full precision. No gradient. A key that is not finite gets the
+    number of codes as well.
 
     Args:
       k: Keys.
@@ -55,6 +56,14 @@ def nearest_codes(
 
     Source: Lingle 2023 (arXiv 2309.16354); post 9844.
     """
+    codes = find_codes(k, codebook, mask=mask, implementation=implementation)
+    return jnp.minimum(codes, jnp.int32(codebook.shape[1]))
+
+
+def find_codes(
+    k: Array, codebook: Array, *, mask: Array | None = None, implementation: Any = "auto"
+) -> Array:
+    """As `nearest_codes`, but S + 1 for a key that is not finite: unlike padding, it is seen."""
     if mask is not None:
         check_mask(mask, (k.shape[0], k.shape[2]))
     batch, groups, length, width = k.shape
@@ -70,7 +79,10 @@ def nearest_codes(
     index = jax.vmap(of_group)(
         jax.lax.stop_gradient(rows).astype(dtype), jax.lax.stop_gradient(codebook).astype(dtype)
     )
-    return jnp.moveaxis(index.reshape(groups, batch, length), 0, 1)
+    codes = jnp.moveaxis(index.reshape(groups, batch, length), 0, 1)
+    none = jnp.int32(codebook.shape[1])
+    lost = codes == none if mask is None else (codes == none) & mask[:, None]
+    return jnp.where(lost, none + 1, codes)
 
 
 def quantize_keys(
@@ -85,7 +97,7 @@ def quantize_keys(
     Args:
       k: Keys.
       codebook: C, rounded to the dtype of `k` first; no gradient to it.
-      codes: z, if known; the number of codes marks padding (in every group of a position).
+      codes: z, if known; what is out of range marks padding (in every group of a position).
       mask: True where the position counts.
 
     Returns:
@@ -107,25 +119,26 @@ def quantize_keys(
     codebook = jax.lax.stop_gradient(codebook).astype(k.dtype)
     sentinel = codebook.shape[1]
     if codes is None:
-        codes = nearest_codes(k, codebook, mask=mask)
-        valid = jnp.ones((k.shape[0], k.shape[2]), bool) if mask is None else mask
+        codes = find_codes(k, codebook, mask=mask)
     else:
         check_codes(codes, k.shape[:-1])
-        codes = codes.astype(jnp.int32)
-        valid = jnp.any(codes < sentinel, axis=1)
+        known = (codes >= 0) & (codes <= sentinel + 1)
         if mask is not None:
             check_mask(mask, (k.shape[0], k.shape[2]))
-            codes = jnp.where(mask[:, None], codes, jnp.int32(sentinel))
-            valid = valid & mask
+            known = known & mask[:, None]
+        codes = jnp.where(known, codes.astype(jnp.int32), jnp.int32(sentinel))
+    valid = jnp.any(codes != sentinel, axis=1)
     # Whatever stands in the padding, NaN included, goes nowhere.
     k = jnp.where(valid[:, None, :, None], k, jnp.zeros_like(k))
     return QuantizedKeys(lookup(codebook, codes) + (k - jax.lax.stop_gradient(k)), codes, valid)
 
 
 def lookup(codebook: Array, codes: Array) -> Array:
-    """C_z for `codes` [batch, groups, ...], zero for the sentinel."""
+    """C_z for `codes` [batch, groups, ...]: zero for S, which is padding, and NaN for S + 1."""
 
     def of_group(table: Array, index: Array) -> Array:
         return table.at[index].get(mode="fill", fill_value=0)
 
-    return jax.vmap(of_group, in_axes=(0, 1), out_axes=1)(codebook, codes)
+    found = jax.vmap(of_group, in_axes=(0, 1), out_axes=1)(codebook, codes)
+    lost = (codes > codebook.shape[1])[..., None]
+    return jnp.where(lost, jnp.full((), jnp.nan, found.dtype), found)

@@ -24,8 +24,8 @@ class VQState(NamedTuple):
     """What decoding carries from token to token.
 
     Attributes:
-      codes: z of the last tokens, int32 `[batch, groups, slots]`, a ring; the number of codes marks
-        padding and slots not yet filled.
+      codes: z of the last tokens, int32 `[batch, groups, slots]`, a ring; the number of codes S
+        marks padding and slots not yet filled, S + 1 a key that was not finite.
       values: Their v, `[batch, groups, slots, value_dim]`.
       cache: All older tokens.
       position: How many tokens there have been, int32.
@@ -103,7 +103,7 @@ def absorb(cache: Cache, codes: Int[Array, "*batch"], v: Float[Array, "*batch va
 
     Args:
       cache: Of `[*batch, codes, …]`.
-      codes: z; the sentinel changes nothing.
+      codes: z; the sentinel S changes nothing, S + 1 spoils every code, as in `summarize`.
       v: Values.
 
     Returns:
@@ -118,10 +118,14 @@ def absorb(cache: Cache, codes: Int[Array, "*batch"], v: Float[Array, "*batch va
     dtype = cache.means.dtype
 
     def one(means: Array, counts: Array, code: Array, v: Array) -> Cache:
-        counts = counts.at[code].add(1, mode="drop")
+        lost = code > len(counts)
+        counts = counts.at[code].add(1, mode="drop") + lost.astype(counts.dtype)
         count = counts.at[code].get(mode="fill", fill_value=1).astype(dtype)
         old = means.at[code].get(mode="fill", fill_value=0)
-        return Cache(means.at[code].add((v - old) / count, mode="drop"), counts)
+        # One mean that is not a number is enough, and need not touch the others.
+        change = jnp.where(lost, jnp.full((), jnp.nan, dtype), (v - old) / count)
+        means = means.at[jnp.where(lost, 0, code)].add(change, mode="drop")
+        return Cache(means, counts)
 
     for _ in range(codes.ndim):
         one = jax.vmap(one)
@@ -215,7 +219,7 @@ def step(
     # The window is attended to in the order of its slots: the bias moves, not the values.
     lag = (state.position - jnp.arange(slots, dtype=jnp.int32)) % slots
     keys = put(lookup(codebook, ring), new.keys)
-    visible = put(jnp.any(ring < size.codes, axis=1)[:, None], new.valid[:, None])[:, 0]
+    visible = put(jnp.any(ring != size.codes, axis=1)[:, None], new.valid[:, None])[:, 0]
     if lags is None:
         assert block_length is not None
         visible = visible & (lag <= state.position % block_length + block_length)[None]
@@ -369,7 +373,7 @@ def prefill(
         front, back = -window % block_length, 0
     before = front + slots - drop
     ring_keys = lookup(codebook, ring_codes)
-    ring_valid = jnp.any(ring_codes < size.codes, axis=1)
+    ring_valid = jnp.any(ring_codes != size.codes, axis=1)
 
     def place(x: Array, axis: int = 2, fill: int = 0) -> Array:
         """Room before and after; where blocks are aligned, the tokens move to their places."""
@@ -382,7 +386,7 @@ def prefill(
         shape = (*x.shape[:2], slots, x.shape[3])
         return jnp.concatenate([jnp.zeros(shape, x.dtype), x], axis=2)
 
-    out, _ = attend(
+    out = attend(
         place(no_queries(q)),
         place(jnp.concatenate([ring_keys, new.keys], axis=2)),
         place(all_codes, fill=size.codes),

@@ -21,7 +21,7 @@ from jaxkit.attention.vq.codebook import (
     init_codebook,
     update_codebook,
 )
-from jaxkit.attention.vq.codes import nearest_codes
+from jaxkit.attention.vq.codes import find_codes
 from jaxkit.attention.vq.reference import quadratic_attention
 from jaxkit.quantize import EMAState
 
@@ -428,7 +428,7 @@ class VQAttention(nnx.Module):
         else:
             codebook = self.codebook()
             # The same rounding of C as in the scores.
-            codes = nearest_codes(k, codebook.astype(k.dtype), mask=mask)
+            codes = find_codes(k, codebook.astype(k.dtype), mask=mask)
             if statistics:
                 found = code_statistics(k, codes, codebook.astype(k.dtype), mask=mask)
             if self.causal:

@@ -10,6 +10,8 @@ from jaxkit.attention.vq._operands import (
     MASKED,
     check_bias,
     check_mask,
+    finite_rows,
+    nan_where,
     sizes,
     wide,
 )
@@ -39,7 +41,8 @@ def quadratic_attention(
     r"""o_i = Σ_{j ≤ i} softmax_j(q_i · k̂_j + b(i, i − j)) v_j, with b = 0 beyond the window.
 
     O(T² (dk + dv)) time and O(T²) memory. Without a codebook k̂ = k: dense attention with the same
-    biases. It is what every other form is tested against.
+    biases. It is what every other form is tested against. A key or a value that is not finite makes
+    NaN of the outputs that see it, and of no others.
 
     Args:
       q: Queries; head h reads group ⌊h G/H⌋. Scaled, and holding u if the score has (q + u) · k̂.
@@ -92,7 +95,10 @@ def quadratic_attention(
         keys, valid = k, jnp.ones((size.batch, size.length), bool) if mask is None else mask
     else:
         keys, _, valid = quantize_keys(k, codebook, codes=codes, mask=mask)
-    keys, v = (jnp.where(valid[:, None, :, None], x, jnp.zeros_like(x)) for x in (keys, v))
+    # What is not seen, NaN included, must not meet a weight of zero.
+    usable = finite_rows(keys, v)
+    keep = (usable & valid[:, None])[..., None]
+    keys, v = (jnp.where(keep, x, jnp.zeros_like(x)) for x in (keys, v))
 
     dtype = wide(q.dtype)
     q = q.astype(dtype) if scale is None else q.astype(dtype) * jnp.asarray(scale, dtype)
@@ -145,6 +151,8 @@ def quadratic_attention(
             jax.lax.stop_gradient(values),
             precision=HIGHEST,
         )
+    spoiled = jnp.any(visible & ~usable[:, :, None, None], axis=-1)
+    out = out + nan_where(spoiled, dtype)[..., None]
     return out.reshape(size.batch, size.heads, size.length, size.value_dim).astype(v.dtype)
 
 

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 
 from jaxkit._checks import check_int, check_real
 from jaxkit._typing import Array, Bool, DType, Float
-from jaxkit.attention.vq._operands import HIGHEST, check_mask, sizes, wide
+from jaxkit.attention.vq._operands import (
+    HIGHEST,
+    check_mask,
+    finite_rows,
+    nan_where,
+    sizes,
+    wide,
+)
 from jaxkit.attention.vq.bidirectional import attend_codes
 from jaxkit.attention.vq.block import Cache, masked_softmax, merge, reduce_blocks
 
@@ -163,6 +170,8 @@ def _prepared(
         keep = mask[:, None, :, None]
         k, v = (jnp.where(keep, x, jnp.zeros_like(x)) for x in (k, v))
     p = soft_assignment(k, codebook, temperature=temperature)
+    # A token that is not finite spoils the counts of all codes, and so all that comes to see it.
+    p, v = (x + nan_where(~finite_rows(k, v), x.dtype)[..., None] for x in (p, v))
     if mask is not None:
         p = jnp.where(keep, p, jnp.zeros_like(p))
     if scale is not None:
@@ -249,6 +258,8 @@ def soft_prefill(
     out = jnp.einsum("bgpris,bgrsd->bgprid", past, before.means, precision=HIGHEST)
     near = jnp.einsum("bgpris,bgrjs->bgprij", each, p, precision=HIGHEST)
     near = jnp.where(jnp.tril(jnp.ones((length, length), bool))[None, None, None, None], near, 0)
+    # What spoils a later token must not meet its weight of zero here.
+    values = jnp.where(finite_rows(values)[..., None], values, 0)
     out = out + jnp.einsum("bgprij,bgrjd->bgprid", near, values, precision=HIGHEST)
     out = out.reshape(size.batch, size.heads, blocks * length, size.value_dim)
     last = jax.tree.map(lambda x: x[:, :, -1], every)
@@ -285,6 +296,6 @@ def soft_step(
     one = lambda x: x[:, :, None]
     counted = None if mask is None else mask[:, None]
     q, p, values = _prepared(one(q), one(k), one(v), codebook, temperature, counted, scale)
-    new = Cache(jnp.where(p[:, :, 0, :, None] > 0, values, jnp.zeros_like(values)), p[:, :, 0])
+    new = Cache(jnp.where(p[:, :, 0, :, None] == 0, jnp.zeros_like(values), values), p[:, :, 0])
     state = merge(state, new)
     return attend_codes(q, codebook, state)[:, :, 0].astype(v.dtype), state

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkit_kernels import _blocks, _dispatch
+from jaxkit_kernels import _blocks, _dispatch, _sharding
 from jaxkit_kernels.cauchy import reference, xla
 
 __all__ = ["dplr_generating_function"]
@@ -194,7 +194,7 @@ def dplr_generating_function(
         ).astype(compute)
         for part in (0, 1)
     ]
-    operands = (alpha.astype(compute), beta.astype(compute), *planes)
+    operands = _sharding.together(alpha.astype(compute), beta.astype(compute), *planes)
     if implementation == "reference":
         re, im = reference.forward(*operands, length=length)
     else:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxkit_kernels import _blocks
+from jaxkit_kernels import _blocks, _sharding
 from jaxkit_kernels.cauchy import body
 from jaxkit_kernels.cauchy.nodes import half_angles
 
@@ -85,7 +85,7 @@ def forward(
             pl.BlockSpec((2, rows, _LANES), lambda head, tile: (0, tile, 0)),
         ],
         out_specs=pl.BlockSpec((None, 2, rows, _LANES), lambda head, tile: (head, 0, tile, 0)),
-        out_shape=jax.ShapeDtypeStruct((heads, 2, tiles * rows, _LANES), jnp.float32),
+        out_shape=_sharding.result((heads, 2, tiles * rows, _LANES), jnp.float32, scalars),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="dplr_forward",
@@ -150,7 +150,7 @@ def backward(
             pl.BlockSpec((None, 2, rows, _LANES), lambda head, tile: (head, 0, tile, 0)),
         ],
         out_specs=pl.BlockSpec((None, body.PARAMETERS, modes), lambda head, tile: (head, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((heads, body.PARAMETERS, modes), jnp.float32),
+        out_shape=_sharding.result((heads, body.PARAMETERS, modes), jnp.float32, scalars),
         scratch_shapes=[pltpu.VMEM((body.PARAMETERS, modes, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,

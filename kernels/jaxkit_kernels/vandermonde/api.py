@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkit_kernels import _blocks, _dispatch
+from jaxkit_kernels import _blocks, _dispatch, _sharding
 from jaxkit_kernels.vandermonde import reference, xla
 
 __all__ = ["vandermonde"]
@@ -136,7 +136,7 @@ def vandermonde(
         if value.dtype != alpha.dtype:
             raise TypeError(f"{name} must have alpha's dtype {alpha.dtype}; got {value.dtype}.")
     compute = _dispatch.compute_dtype(alpha.dtype)
-    operands = tuple(x.astype(compute) for x in (alpha, beta, v_re, v_im))
+    operands = _sharding.together(*(x.astype(compute) for x in (alpha, beta, v_re, v_im)))
     if implementation == "reference":
         out = reference.forward(*operands, length=length)
     else:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxkit_kernels import _blocks
+from jaxkit_kernels import _blocks, _sharding
 from jaxkit_kernels.vandermonde import phase
 from jaxkit_kernels.vandermonde.xla import from_moments
 
@@ -104,7 +104,7 @@ def forward(
             pl.BlockSpec((None, *columns.shape[1:]), lambda head, tile: (head, 0, 0)),
         ],
         out_specs=pl.BlockSpec((None, rows, _LANES), lambda head, tile: (head, tile, 0)),
-        out_shape=jax.ShapeDtypeStruct((heads, tiles * rows, _LANES), jnp.float32),
+        out_shape=_sharding.result((heads, tiles * rows, _LANES), jnp.float32, columns),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="vandermonde_forward",
@@ -162,7 +162,7 @@ def backward(
             pl.BlockSpec((None, rows, _LANES), lambda head, tile: (head, tile, 0)),
         ],
         out_specs=pl.BlockSpec((None, *columns.shape[1:]), per_head),
-        out_shape=jax.ShapeDtypeStruct(columns.shape, jnp.float32),
+        out_shape=_sharding.result(columns.shape, jnp.float32, columns),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="vandermonde_backward",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from jaxkit_kernels import _blocks, _dispatch
+from jaxkit_kernels import _blocks, _dispatch, _sharding
 from jaxkit_kernels.vq_attention import reference, xla
 from jaxkit_kernels.vq_attention.reference import MASKED
 
@@ -163,6 +163,33 @@ def _check_bias(bias: Any, heads: int, lead: tuple[int, ...], lags: int) -> None
         )
 
 
+def _finite(x: jax.Array) -> jax.Array:
+    """Whether all of a row is."""
+    return jnp.all(jnp.isfinite(x), axis=-1)
+
+
+def _kept(keep: jax.Array, *rows: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.where(keep[..., None], x, jnp.zeros_like(x)) for x in rows)
+
+
+def _usable(codebook, means, counts):
+    """Codebook and means without what cannot be multiplied by 0, and whether that was seen.
+
+    The means of codes that stand for nothing are not seen; those that are seen stay as they are.
+    """
+    known, some = _finite(codebook), counts > 0
+    (codebook,), (means,) = _kept(known, codebook), _kept(some, means)
+    known = known if means.ndim == 4 else known[:, None]
+    lost = jnp.any((some & ~known[None]) | ~_finite(means), axis=-1)
+    return codebook, means, jax.lax.stop_gradient(lost)
+
+
+def _with_nan(out: jax.Array, spoiled: jax.Array) -> jax.Array:
+    """NaN where `spoiled` [batch, groups, ...]; added, so that gradients show it too."""
+    nan = jnp.where(spoiled, jnp.full((), jnp.nan, out.dtype), jnp.zeros((), out.dtype))
+    return out + jnp.repeat(nan, out.shape[1] // nan.shape[1], axis=1)[..., None]
+
+
 def _log_counts(counts: jax.Array, dtype: Any) -> jax.Array:
     compute = _dispatch.compute_dtype(dtype)
     counts = jax.lax.stop_gradient(counts).astype(compute)
@@ -220,7 +247,8 @@ def vq_attention(
         bias: None, a table [heads, W + 1] by lag, or [batch, heads, time, W + 1].
         block_length: L, static.
         valid: [batch, time], False at padding keys, which nobody sees and whose k and v are never
-            read. A query that sees nothing at all gives 0.
+            read. A query that sees nothing at all gives 0. What sees a key, a value or a mean that
+            is not finite gives NaN, and nothing else does.
         window: W <= L, the largest lag with a bias; L by default.
         implementation: see `jaxkit_kernels`.
         block_sizes: a `VqAttentionXlaBlocks`, `VqAttentionTpuBlocks` or `VqAttentionGpuBlocks`.
@@ -278,17 +306,27 @@ def vq_attention(
         if valid.dtype != jnp.bool_:
             raise TypeError(f"valid must be boolean; got {valid.dtype}.")
         _shape("valid", valid, (batch, time), "batch, time")
-        # Whatever stands in the padding, NaN included, must not meet a weight of zero.
-        read = valid[:, None, :, None]
-        k, v = jnp.where(read, k, jnp.zeros_like(k)), jnp.where(read, v, jnp.zeros_like(v))
     if 0 in (batch, heads, time):
         return jnp.zeros((batch, heads, time, dv), q.dtype)
 
-    codebook = jax.lax.stop_gradient(codebook).astype(k.dtype)
-    operands = (q, k, v, codebook, means, _log_counts(counts, q.dtype), bias, valid)
+    # Whatever stands in the padding or in the future, NaN included, must not meet a weight of 0.
+    codebook, means, lost = _usable(jax.lax.stop_gradient(codebook), means, counts)
+    usable = _finite(k) & _finite(v)
+    k, v = _kept(usable if valid is None else usable & valid[:, None], k, v)
+    spoiled = ~usable if valid is None else ~usable & valid[:, None]
+    spoiled = spoiled.reshape(batch, groups, -1, length)
+    before = jnp.pad(jnp.any(spoiled, axis=-1)[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+    so_far = jax.lax.cummax(spoiled.astype(jnp.int32), axis=3) > 0
+    spoiled = (so_far | (before | lost)[..., None]).reshape(batch, groups, time)
+
+    operands = _sharding.together(
+        q, k, v, codebook.astype(k.dtype), means, _log_counts(counts, q.dtype), bias, valid
+    )
     if implementation == "reference":
-        return reference.forward(*operands, block_length=length, window=window)[0]
-    return _attend((length, window, implementation, block_sizes, interpret), *operands)
+        out = reference.forward(*operands, block_length=length, window=window)[0]
+    else:
+        out = _attend((length, window, implementation, block_sizes, interpret), *operands)
+    return _with_nan(out, spoiled)
 
 
 def vq_attention_decode(
@@ -370,12 +408,16 @@ def vq_attention_decode(
     _check_bias(bias, heads, (batch, heads), lags)
     if 0 in (batch, heads):
         return jnp.zeros((batch, heads, dv), q.dtype)
-    read = visible[:, None, :, None]
-    keys = jnp.where(read, keys, jnp.zeros_like(keys))
-    values = jnp.where(read, values, jnp.zeros_like(values))
-    codebook = jax.lax.stop_gradient(codebook).astype(keys.dtype)
+    codebook, means, lost = _usable(jax.lax.stop_gradient(codebook), means, counts)
+    usable = _finite(keys) & _finite(values)
+    keys, values = _kept(usable & visible[:, None], keys, values)
+    spoiled = jnp.any(visible[:, None] & ~usable, axis=-1) | lost
     log_counts = _log_counts(counts, q.dtype)
-    operands = (q, keys, values, codebook, means, log_counts, bias, visible)
+    operands = _sharding.together(
+        q, keys, values, codebook.astype(keys.dtype), means, log_counts, bias, visible
+    )
     if implementation == "reference":
-        return reference.decode(*operands)
-    return _decode((implementation, interpret), *operands)
+        out = reference.decode(*operands)
+    else:
+        out = _decode((implementation, interpret), *operands)
+    return _with_nan(out, spoiled)

@@ -19,6 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxkit_kernels import _sharding
+
 __all__ = ["Hopper", "Plain", "Tile", "launch", "split", "stored"]
 
 # Shared memory that one program may take.
@@ -324,10 +326,15 @@ def launch(
         body(Hopper(), tuple(lax.axis_index(axis) for axis in names), *refs)
 
     by_name.__name__ = name
-    return plgpu.kernel(
-        by_name,
-        out_type=list(out_shapes),
-        grid=grid,
-        grid_names=names,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+
+    def run(*operands: jax.Array) -> Sequence[jax.Array]:
+        outs = plgpu.kernel(
+            by_name,
+            out_type=[_sharding.result(s.shape, s.dtype, *operands) for s in out_shapes],
+            grid=grid,
+            grid_names=names,
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(*operands)
+        return [_sharding.vary(out, *operands) for out in outs]
+
+    return run

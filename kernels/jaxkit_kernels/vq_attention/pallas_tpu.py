@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxkit_kernels import _blocks
+from jaxkit_kernels import _blocks, _sharding
 from jaxkit_kernels.vq_attention.layout import Layout, pad_axis, round_up
 from jaxkit_kernels.vq_attention.reference import MASKED
 
@@ -202,8 +202,8 @@ def forward(
             _spec((1, a.tile_rows), lambda g, r, i, j: (g, r, 0, i)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((a.lead, a.blocks, a.rows, dv), q.dtype),
-            jax.ShapeDtypeStruct((a.lead, a.blocks, 1, a.rows), jnp.float32),
+            _sharding.result((a.lead, a.blocks, a.rows, dv), q.dtype, q),
+            _sharding.result((a.lead, a.blocks, 1, a.rows), jnp.float32, q),
         ],
         scratch_shapes=[
             pltpu.VMEM((a.tile_rows, _LANES), jnp.float32),
@@ -374,7 +374,7 @@ def backward(
     four = ("parallel", "parallel", "parallel", "arbitrary")
     row_tile, column_tile = a.tile_rows, a.tile_columns
     scratch = lambda *shape: pltpu.VMEM(shape, jnp.float32)
-    struct = jax.ShapeDtypeStruct
+    struct = lambda shape, dtype: _sharding.result(shape, dtype, q)
 
     # q, and the cells of biases that each query has of its own: along the columns of a row.
     def key_index(b, r, i, j):
@@ -552,7 +552,7 @@ def decode(
             _spec((rows, tile), lambda g, r, i, j: (*at(g, 0), 0, jnp.minimum(j, n - 1))),
         ],
         out_specs=_spec((rows, dv), lambda g, r, i, j: (g, 0, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((lead, 1, rows, dv), q.dtype),
+        out_shape=_sharding.result((lead, 1, rows, dv), q.dtype, q),
         scratch_shapes=[
             pltpu.VMEM((rows, _LANES), jnp.float32),
             pltpu.VMEM((rows, _LANES), jnp.float32),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkit_kernels import _blocks
+from jaxkit_kernels import _blocks, _sharding
 from jaxkit_kernels.vq_attention import skew
 from jaxkit_kernels.vq_attention.reference import MASKED
 
@@ -383,9 +383,10 @@ def backward(
 
     # A table's cotangent: by key, [share L, 2 L], or in parts by lag, [share, W + 1].
     shape = (chunks.rows, recent) if chunks.parts == 1 else (chunks.share, window + 1)
-    start = jnp.zeros((chunks.batch, chunks.groups, *shape), dtype) if chunks.table else None
+    zeros = lambda *shape: _sharding.vary(jnp.zeros(shape, dtype), q)
+    start = zeros(chunks.batch, chunks.groups, *shape) if chunks.table else None
     lead = (chunks.batch, chunks.groups, block_length)
-    nothing = jnp.zeros((*lead, k.shape[-1]), dtype), jnp.zeros((*lead, v.shape[-1]), dtype)
+    nothing = zeros(*lead, k.shape[-1]), zeros(*lead, v.shape[-1])
     (table, *last), parts = jax.lax.scan(one, (start, *nothing), jnp.arange(chunks.steps))
 
     def per_block(x: jax.Array) -> jax.Array:
