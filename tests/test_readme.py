@@ -28,7 +28,7 @@ def test_python_blocks_run_in_order_and_print_what_is_said():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    error, shape, losses, streamed, sampled = done.stdout.splitlines()
+    error, shape, losses, streamed, sampled, by_tiger = done.stdout.splitlines()
     assert 0 < float(error) < 1e-2
     assert shape.startswith("(4, 100, 16)")
     assert float(shape.split()[-1]) < 1e-4
@@ -36,6 +36,8 @@ def test_python_blocks_run_in_order_and_print_what_is_said():
     assert last < first
     assert float(streamed) < 1e-4
     assert sampled == "(2, 5)"
+    first, second, third = json.loads(by_tiger)
+    assert third < first
 
 
 def test_experiments_that_are_named_exist():
