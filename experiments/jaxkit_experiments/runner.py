@@ -308,7 +308,7 @@ def _cell(results: Results, arm: str, name: str) -> str:
         return "–"
     mean = format_number(results.mean(arm, name))
     spread = results.spread(arm, name)
-    return f"{mean} ± {format_number(spread)}" if spread else mean
+    return f"{mean} ± {spread:.2g}" if spread else mean
 
 
 def format_number(value: float) -> str:
@@ -350,7 +350,9 @@ def _print_outcome(
                 cells.append("–" if value is None else format_number(value))
         table.add_row(escape(arm), *cells)
     console.print()
-    console.print(table)
+    # A number that is cut says nothing: a table wider than the terminal goes on in its next line.
+    table.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    console.print(table, crop=False)
     if len(results.config.seeds) > 1:
         console.print(f"mean ± standard deviation over {len(results.config.seeds)} seeds")
     if paper and experiment.paper_note:

@@ -26,8 +26,8 @@ from rich.console import Console
 from tests.experiments.tiny import Config, Tiny
 
 
-def run(path, config=None, experiment=None, **options):
-    console = Console(file=io.StringIO(), width=100)
+def run(path, config=None, experiment=None, width=100, **options):
+    console = Console(file=io.StringIO(), width=width)
     result = run_experiment(
         experiment or Tiny(), config or Config(), path, console=console, **options
     )
@@ -59,11 +59,19 @@ def test_the_folder_holds_what_the_run_was_and_found(finished):
     assert (path / "arms/line/checkpoints/train/step_00000012").is_dir()
 
 
+def test_no_number_is_cut_off_on_a_narrow_terminal(finished):
+    path, *_ = finished
+    _, printed = run(path, preset="cpu", width=20)
+    head, *rows = printed[printed.index("\narm ") :].strip().splitlines()[:3]
+    assert head.split()[:3] == ["arm", "error", "paper"]
+    assert all("…" not in row and "±" in row for row in rows)
+
+
 def test_prints_the_table_beside_the_paper_and_the_claims(finished):
     _, result, printed = finished
     mean, spread = result.results.mean("line", "error"), result.results.spread("line", "error")
     (row,) = [line for line in printed.splitlines() if line.startswith("line")]
-    assert f"{mean:.4g} ± {spread:.4g}" in row
+    assert f"{mean:.4g} ± {spread:.2g}" in row
     assert "0.25" in row
     assert "held: The line fits better than the curve (a source)" in printed
     assert "not held: The line has no error at all" in printed
