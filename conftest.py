@@ -4,6 +4,8 @@ import jax
 import pytest
 from _pytest.doctest import DoctestItem
 
+from tests.settings import users_settings
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_do_not_pile_up():
@@ -18,9 +20,5 @@ def _users_settings(request):
     if not isinstance(request.node, DoctestItem):
         yield
         return
-    with (
-        jax.enable_x64(False),
-        jax.numpy_rank_promotion("allow"),
-        jax.numpy_dtype_promotion("standard"),
-    ):
+    with users_settings():
         yield

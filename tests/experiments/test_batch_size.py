@@ -12,6 +12,8 @@ from jaxkit_experiments.experiment import Context, Results
 from jaxkit_experiments.optim import batch_size
 from jaxkit_experiments.optim.batch_size import BatchSize, BatchSizeConfig, Examples
 
+from tests.settings import users_settings
+
 CPU, SMOKE = BatchSize.presets["cpu"], BatchSize.presets["smoke"]
 TINY = dataclasses.replace(SMOKE, hidden=3, noise_size=8, target=1e-9)
 
@@ -81,11 +83,10 @@ def test_own_data(tmp_path):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    jax.config.update("jax_enable_x64", False)
     experiment = BatchSize()
     ctx = Context(tmp_path_factory.mktemp("run"))
-    arms = {arm: experiment.run_arm(SMOKE, arm, ctx.for_arm(arm)) for arm in SMOKE.arms}
-    jax.config.update("jax_enable_x64", True)
+    with users_settings():
+        arms = {arm: experiment.run_arm(SMOKE, arm, ctx.for_arm(arm)) for arm in SMOKE.arms}
     return ctx, arms
 
 

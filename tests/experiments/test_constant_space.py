@@ -12,6 +12,7 @@ from jaxkit_experiments.vq.constant_space import ConstantSpace
 
 from jaxkit.attention import streaming
 from jaxkit.attention.streaming import costs
+from tests.settings import users_settings
 
 CPU = ConstantSpace.presets["cpu"]
 
@@ -63,11 +64,7 @@ def test_accumulate_in_float64_is_exact(order, tile):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with users_settings():
         experiment, config = ConstantSpace(), ConstantSpace.presets["smoke"]
         ctx = Context(tmp_path_factory.mktemp("run"))
         arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}

@@ -7,6 +7,8 @@ import pytest
 from jaxkit_experiments.experiment import Context, Results
 from jaxkit_experiments.optim.precision import MixedPrecision, MixedPrecisionConfig
 
+from tests.settings import users_settings
+
 CONFIG = MixedPrecisionConfig(
     arms=("float32", "float16", "float16-dynamic", "fault-none", "traps-mask", "traps-none"),
     seeds=(0, 1),
@@ -23,13 +25,7 @@ def results(tmp_path_factory):
     experiment, folder = MixedPrecision(), tmp_path_factory.mktemp("run")
     run = lambda arm: experiment.run_arm(CONFIG, arm, Context(folder).for_arm(arm))
     # As a user runs it, with 32-bit types and the usual promotion.
-    import jax
-
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with users_settings():
         return Results(CONFIG, {arm: run(arm) for arm in CONFIG.arms}), folder
 
 

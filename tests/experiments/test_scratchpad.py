@@ -10,6 +10,8 @@ from jaxkit_experiments.experiment import Context, Results
 from jaxkit_experiments.vq import scratchpad
 from jaxkit_experiments.vq.scratchpad import Doublings, Scratchpad, ScratchpadConfig
 
+from tests.settings import users_settings
+
 SMALL = ScratchpadConfig(starts=40, doublings=5, batch_size=6)
 
 
@@ -118,11 +120,7 @@ def test_accuracy_is_told_by_x_and_by_kind_of_start(monkeypatch):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with users_settings():
         experiment, config = Scratchpad(), Scratchpad.presets["smoke"]
         ctx = Context(tmp_path_factory.mktemp("run"))
         arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}

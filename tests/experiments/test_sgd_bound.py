@@ -12,6 +12,7 @@ from jaxkit_experiments.optim import sgd_bound
 from jaxkit_experiments.optim.sgd_bound import CARD, Examples, SGDBound, SGDBoundConfig
 
 from jaxkit.theory import bound, norm
+from tests.settings import users_settings
 
 CPU = SGDBound.presets["cpu"]
 
@@ -55,11 +56,10 @@ def test_schedules_are_those_of_least_bound():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    jax.config.update("jax_enable_x64", False)
     experiment, config = SGDBound(), SGDBound.presets["smoke"]
     ctx = Context(tmp_path_factory.mktemp("run"))
-    arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}
-    jax.config.update("jax_enable_x64", True)
+    with users_settings():
+        arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}
     return ctx, config, arms
 
 
