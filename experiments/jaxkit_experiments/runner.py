@@ -174,8 +174,9 @@ def _run(
             console.print(f"  {escape(arm)}: {shown}  ({how})", highlight=False, soft_wrap=True)
     results = Results(config, arms)
     verdicts = tuple(claim.judge(results) for claim in experiment.claims)
+    # Both read what the arms have kept, which another process may still be writing.
     plots = experiment.plot(results, context) if writes else []
-    epilogue = experiment.epilogue(results, context)
+    epilogue = experiment.epilogue(results, context) if writes else None
     summary = {
         "experiment": experiment.name,
         "title": experiment.title,
