@@ -1,4 +1,4 @@
-"""From losses to gradients: every way to form rows, heads, groups, faults, sharding, sessions."""
+"""From losses to gradients: every way to form rows, heads, groups, faults, sharding."""
 
 import chex
 import jax
