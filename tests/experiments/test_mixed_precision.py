@@ -10,7 +10,15 @@ from jaxkit_experiments.optim.precision import MixedPrecision, MixedPrecisionCon
 from tests.settings import users_settings
 
 CONFIG = MixedPrecisionConfig(
-    arms=("float32", "float16", "float16-dynamic", "fault-none", "traps-mask", "traps-none"),
+    arms=(
+        "float32",
+        "float16",
+        "float16-dynamic",
+        "fault-none",
+        "traps-mask",
+        "traps-epsilon",
+        "traps-none",
+    ),
     seeds=(0, 1),
     steps=40,
     batch_size=64,
@@ -40,7 +48,7 @@ def test_float16_gradients_are_zeros_unless_scaled(results):
 
 def test_faults_and_traps_end_in_nan_and_count_as_wrong(results):
     results, _ = results
-    for arm in ("fault-none", "traps-mask"):
+    for arm in ("fault-none", "traps-mask", "traps-epsilon"):
         assert results.mean(arm, "accuracy") == 0.0
         assert not results.has(arm, "train_loss")
     assert results.mean("traps-none", "accuracy") > 0.2

@@ -111,7 +111,7 @@ def mlp(params: Any, images: jax.Array) -> jax.Array:
 
 
 def init_transformer(config: MixedPrecisionConfig, key: jax.Array) -> Any:
-    """Two blocks of one head on the rows of an image, float32."""
+    """Two blocks of one head on the columns of an image, float32."""
     dim = config.width
     draw = lambda k, a, b: jax.random.normal(k, (a, b), jnp.float32) / np.float32(np.sqrt(a))
     keys = iter(jax.random.split(key, 12))
@@ -135,13 +135,13 @@ def _naive_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def transformer(params: Any, images: jax.Array, *, traps: tuple[str, ...]) -> jax.Array:
-    """Logits of images `[batch, 64]`, whose rows are tokens; the blank ones are padding."""
+    """Logits of images `[batch, 64]`, whose columns are tokens; the blank ones are padding."""
     norm = _naive_norm if "epsilon" in traps else layer_norm
     softmax = _naive_softmax if "mask" in traps else masked_softmax
-    rows = images.reshape(-1, 8, 8)
-    seen = jnp.any(rows > 0.1, axis=-1)
-    mask = jnp.broadcast_to(seen[:, None, :], (len(rows), 8, 8))
-    x = rows @ params["embed"]
+    columns = images.reshape(-1, 8, 8).swapaxes(1, 2)
+    seen = jnp.any(columns > 0.1, axis=-1)  # the outer ones are often blank, the rows never
+    mask = jnp.broadcast_to(seen[:, None, :], (len(columns), 8, 8))
+    x = columns @ params["embed"]
     x = (
         x
         + jnp.sin(
