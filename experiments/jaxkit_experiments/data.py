@@ -17,7 +17,18 @@ import numpy as np
 
 from jaxkit._checks import check_choice, check_int
 
-__all__ = ["Arrays", "Split", "batches", "byte_corpus", "byte_windows", "digit_images", "take"]
+__all__ = [
+    "Arrays",
+    "LabelledImages",
+    "Split",
+    "batches",
+    "byte_corpus",
+    "byte_windows",
+    "cifar",
+    "digit_images",
+    "split_digits",
+    "take",
+]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -34,17 +45,25 @@ class Split(NamedTuple):
     test: Arrays
 
 
-class DigitImages(NamedTuple):
-    """The digits in the order and split that all experiments share."""
+class LabelledImages(NamedTuple):
+    """Images `[n, height, width]` or `[n, height, width, channels]`, float32 in [0, 1], and labels.
+
+    Labels are `[n]` int32.
+    """
 
     train_images: np.ndarray
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
 
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
 
 @cache
-def digit_images() -> DigitImages:
+def digit_images() -> LabelledImages:
     """scikit-learn's 1797 digits, 8×8 pixels in [0, 1], 1257 for training and 540 for the test.
 
     Pixels are divided by 16 and examples shuffled by `default_rng(0).permutation`. The arrays are
@@ -64,10 +83,71 @@ def digit_images() -> DigitImages:
     order = np.random.default_rng(0).permutation(len(bunch.target))
     images = (bunch.images[order] / 16).astype(np.float32)
     labels = bunch.target[order].astype(np.int32)
-    parts = DigitImages(images[:1257], labels[:1257], images[1257:], labels[1257:])
+    parts = LabelledImages(images[:1257], labels[:1257], images[1257:], labels[1257:])
     for part in parts:
         part.flags.writeable = False
     return parts
+
+
+def split_digits(train: int) -> LabelledImages:
+    """The digits in the shared order, the first `train` for training, with an axis for channels.
+
+    Example:
+      >>> split_digits(1437).train_images.shape, split_digits(1437).test_images.shape
+      ((1437, 8, 8, 1), (360, 8, 8, 1))
+    """
+    parts = digit_images()
+    images = np.concatenate([parts.train_images, parts.test_images])[..., None]
+    labels = np.concatenate([parts.train_labels, parts.test_labels])
+    return LabelledImages(images[:train], labels[:train], images[train:], labels[train:])
+
+
+def cifar(path: str | Path) -> LabelledImages:
+    """CIFAR-10 or CIFAR-100 in its binary version, told by the names of the files.
+
+    A record is the label (CIFAR-100: the coarse one and the fine one, which is taken) and
+    3 × 32 × 32 bytes of pixels, channel by channel.
+
+    Args:
+      path: the folder with `data_batch_*.bin` and `test_batch.bin`, or `train.bin` and `test.bin`;
+        or the folder that holds it (`cifar-10-batches-bin`, `cifar-100-binary`).
+
+    Raises:
+      FileNotFoundError: the files are not there.
+      ValueError: a file is not made of whole records.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> for name in ("train.bin", "test.bin"):
+      ...     _ = (folder / name).write_bytes(bytes([3, 57]) + bytes([255]) * 3072)
+      >>> data = cifar(folder)
+      >>> data.train_images.shape, data.test_labels.tolist(), data.classes
+      ((1, 32, 32, 3), [57], 58)
+    """
+    folder = Path(path).expanduser()
+    inner = [folder / name for name in ("cifar-10-batches-bin", "cifar-100-binary")]
+    folder = next((each for each in inner if each.is_dir()), folder)
+    ten = sorted(folder.glob("data_batch_*.bin")), folder / "test_batch.bin", 1
+    hundred = sorted(folder.glob("train.bin")), folder / "test.bin", 2
+    for train, test, labels in (ten, hundred):
+        if train and test.exists():
+            parts = [_records(file, labels) for file in train]
+            images, of = (np.concatenate(part) for part in zip(*parts, strict=True))
+            return LabelledImages(images, of, *_records(test, labels))
+    raise FileNotFoundError(
+        "data must be a folder with the binary version of CIFAR-10 (data_batch_*.bin, "
+        f"test_batch.bin) or CIFAR-100 (train.bin, test.bin); got {folder}."
+    )
+
+
+def _records(file: Path, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    stored, size = np.frombuffer(file.read_bytes(), np.uint8), labels + 3 * 32 * 32
+    if not stored.size or stored.size % size:
+        raise ValueError(f"data must hold whole records of {size} bytes; {file} has {stored.size}.")
+    records = stored.reshape(-1, size)
+    pixels = records[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return pixels.astype(np.float32) / 255, records[:, labels - 1].astype(np.int32)
 
 
 def byte_corpus(path: str | Path | None = None, *, limit: int | None = None) -> np.ndarray:

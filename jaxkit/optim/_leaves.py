@@ -20,7 +20,6 @@ __all__ = [
     "path_name",
     "row_masks",
     "rows_like",
-    "wide",
 ]
 
 CLASSES = ("vector", "gamma", "embedding", "matrix")
@@ -54,11 +53,6 @@ def class_of(path: tuple[Any, ...], leaf: Any, label_fn: LabelFn | None = None) 
     names = [name for name in path_name(path).split("/") if not name.isdigit()]
     name = names[-1].lower() if names else ""
     return _NAMES.get(name, "vector" if leaf.ndim <= 1 else "matrix")
-
-
-def wide(*dtypes: Any) -> Any:
-    """The widest of some floating-point types, float32 at least."""
-    return max((jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes)), key=lambda d: jnp.finfo(d).bits)
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:

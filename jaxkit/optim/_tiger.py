@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit._checks import check_choice, check_real, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, DType, Int, Key
 from jaxkit.optim._leaves import (
     LabelFn,
@@ -19,7 +20,6 @@ from jaxkit.optim._leaves import (
     flatten,
     row_masks,
     rows_like,
-    wide,
 )
 from jaxkit.optim.rounding import stochastic_round
 

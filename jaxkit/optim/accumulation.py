@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit._checks import check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Int
-from jaxkit.optim._leaves import check_count, check_decay, flatten, wide
+from jaxkit.optim._leaves import check_count, check_decay, flatten
 
 __all__ = [
     "AccumulationState",

@@ -16,8 +16,9 @@ import optax
 from jax.experimental.checkify import check
 
 from jaxkit._checks import check_choice, check_real, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Int
-from jaxkit.optim._leaves import flatten, path_name, wide
+from jaxkit.optim._leaves import flatten, path_name
 
 __all__ = ["EGState", "eg", "exponentiated_gradient"]
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit._checks import check_choice, check_int, check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Float
-from jaxkit.optim._leaves import wide
 from jaxkit.optim.precision import Policy
 
 __all__ = [

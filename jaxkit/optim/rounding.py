@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_floating
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, DType, Float, Key
-from jaxkit.optim._leaves import wide
 
 __all__ = ["stochastic_round"]
 

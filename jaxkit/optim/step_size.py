@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit._checks import check_choice, check_real, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Int
-from jaxkit.optim._leaves import flatten, wide
+from jaxkit.optim._leaves import flatten
 
 __all__ = ["EGDDState", "EGStepSizeState", "StepSizes", "eg_sgd", "eg_stepsize", "egdd"]
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_floating
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, DType
 
 METRICS = ("euclidean", "cosine")
@@ -11,8 +12,7 @@ METRICS = ("euclidean", "cosine")
 
 def wide_dtype(*arrays: Array) -> DType:
     """float64 if an array has it, else float32: where distances, sums and losses are computed."""
-    wide = any(x.dtype == jnp.float64 for x in arrays)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+    return wide(*(x.dtype for x in arrays))
 
 
 def check_codebook(codebook: Array) -> tuple[int, int]:

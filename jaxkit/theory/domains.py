@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxkit._checks import check_int, check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, ArrayLike, Bool, Float
 
 __all__ = [
@@ -401,13 +402,12 @@ def _onto_simplex(x: Array, total: float) -> Array:
 
 def _widen(x: Any) -> Array:
     x = jnp.asarray(x)
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x.astype(wide(x.dtype))
 
 
 def _wide(tree: Any) -> Any:
     """float64 if any leaf is, else float32."""
-    found = any(x.dtype == jnp.float64 for x in jax.tree.leaves(tree))
-    return jnp.float64 if found else jnp.float32
+    return wide(*(x.dtype for x in jax.tree.leaves(tree)))
 
 
 def _ravel(tree: Any) -> Array:

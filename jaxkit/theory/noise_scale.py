@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit._checks import check_floating, check_real, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, ArrayLike, Float, Int
 
 __all__ = [
@@ -472,8 +473,7 @@ def _collect(scalars: Any, labels: Any) -> Scalars:
 
 def _wide(*arrays: Any) -> Any:
     """The widest type among some arrays and float32."""
-    dtypes = [jnp.result_type(getattr(x, "dtype", x)) for x in arrays]
-    return jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
+    return wide(*(jnp.result_type(getattr(x, "dtype", x)) for x in arrays))
 
 
 def _zero(x: Any) -> Float[Array, ""]:

@@ -12,7 +12,7 @@ from jaxkit_experiments.experiment import Context, Results
 from jaxkit_experiments.optim import batch_size
 from jaxkit_experiments.optim.batch_size import BatchSize, BatchSizeConfig, Examples
 
-from tests.settings import users_settings
+from tests.experiments.smoke import smoke_run
 
 CPU, SMOKE = BatchSize.presets["cpu"], BatchSize.presets["smoke"]
 TINY = dataclasses.replace(SMOKE, hidden=3, noise_size=8, target=1e-9)
@@ -83,10 +83,7 @@ def test_own_data(tmp_path):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    experiment = BatchSize()
-    ctx = Context(tmp_path_factory.mktemp("run"))
-    with users_settings():
-        arms = {arm: experiment.run_arm(SMOKE, arm, ctx.for_arm(arm)) for arm in SMOKE.arms}
+    ctx, _, arms = smoke_run(BatchSize(), tmp_path_factory.mktemp("run"), SMOKE)
     return ctx, arms
 
 

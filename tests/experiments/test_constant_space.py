@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxkit_experiments.experiment import Context, Results
+from jaxkit_experiments.experiment import Results
 from jaxkit_experiments.vq import constant_space as space
 from jaxkit_experiments.vq.constant_space import ConstantSpace
 
 from jaxkit.attention import streaming
 from jaxkit.attention.streaming import costs
-from tests.settings import users_settings
+from tests.experiments.smoke import smoke_run
 
 CPU = ConstantSpace.presets["cpu"]
 
@@ -64,11 +64,7 @@ def test_accumulate_in_float64_is_exact(order, tile):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    with users_settings():
-        experiment, config = ConstantSpace(), ConstantSpace.presets["smoke"]
-        ctx = Context(tmp_path_factory.mktemp("run"))
-        arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}
-    return ctx, config, arms
+    return smoke_run(ConstantSpace(), tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import grain
 import numpy as np
 import pytest
 from jaxkit_experiments import data
+from jaxkit_experiments.vq import images
 
 
 def test_digits_come_in_one_order_and_cannot_be_changed():
@@ -18,6 +19,39 @@ def test_digits_come_in_one_order_and_cannot_be_changed():
     assert got.train_images.max() == 1.0
     with pytest.raises(ValueError, match="read-only"):
         got.train_images[0] = 0
+
+
+def test_cifar_is_read_channel_by_channel(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    for folder, files, labels in (
+        ("cifar-10-batches-bin", ("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin"), [[4]]),
+        ("cifar-100-binary", ("train.bin", "test.bin"), [[9, 57]]),
+    ):
+        path = tmp_path / str(len(labels[0])) / folder
+        path.mkdir(parents=True)
+        records = [bytes(labels[0]) + image.tobytes() for image in pixels]
+        (path / files[-1]).write_bytes(records[4])
+        (path / files[0]).write_bytes(b"".join(records[: 4 if len(files) == 2 else 2]))
+        if len(files) == 3:
+            (path / files[1]).write_bytes(b"".join(records[2:4]))
+        read = data.cifar(path)
+        assert read.train_images.shape == (4, 32, 32, 3)
+        np.testing.assert_array_equal(read.train_labels, labels[0][-1])
+        got = read.train_images[3, 5, 7, 1]
+        np.testing.assert_array_equal(got, np.float32(pixels[3, 1, 5, 7]) / 255)
+        above = data.cifar(path.parent)  # the folder that holds it will do
+        np.testing.assert_array_equal(above.test_images, read.test_images)
+        np.testing.assert_array_equal(images.cifar(path).train, read.train_images)
+        assert (read.test_images.shape, read.test_labels.dtype) == ((1, 32, 32, 3), np.int32)
+
+
+def test_cifar_says_what_is_wrong_with_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data must be a folder with the binary version"):
+        data.cifar(tmp_path)
+    (tmp_path / "train.bin").write_bytes(b"x" * 3073)
+    (tmp_path / "test.bin").write_bytes(b"x" * 3074)
+    with pytest.raises(ValueError, match=r"whole records of 3074 bytes; .*train\.bin has 3073"):
+        data.cifar(tmp_path)
 
 
 def test_byte_corpus_of_the_standard_library():

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxkit_experiments.experiment import Context, Results
+from jaxkit_experiments.experiment import Results
 from jaxkit_experiments.vq import scratchpad
 from jaxkit_experiments.vq.scratchpad import Doublings, Scratchpad, ScratchpadConfig
 
-from tests.settings import users_settings
+from tests.experiments.smoke import smoke_run
 
 SMALL = ScratchpadConfig(starts=40, doublings=5, batch_size=6)
 
@@ -120,11 +120,7 @@ def test_accuracy_is_told_by_x_and_by_kind_of_start(monkeypatch):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    with users_settings():
-        experiment, config = Scratchpad(), Scratchpad.presets["smoke"]
-        ctx = Context(tmp_path_factory.mktemp("run"))
-        arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}
-    return ctx, config, arms
+    return smoke_run(Scratchpad(), tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.slow

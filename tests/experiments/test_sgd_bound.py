@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxkit_experiments.experiment import Context, Results
+from jaxkit_experiments.experiment import Results
 from jaxkit_experiments.optim import sgd_bound
 from jaxkit_experiments.optim.sgd_bound import CARD, Examples, SGDBound, SGDBoundConfig
 
 from jaxkit.theory import bound, norm
-from tests.settings import users_settings
+from tests.experiments.smoke import smoke_run
 
 CPU = SGDBound.presets["cpu"]
 
@@ -56,11 +56,7 @@ def test_schedules_are_those_of_least_bound():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    experiment, config = SGDBound(), SGDBound.presets["smoke"]
-    ctx = Context(tmp_path_factory.mktemp("run"))
-    with users_settings():
-        arms = {arm: experiment.run_arm(config, arm, ctx.for_arm(arm)) for arm in config.arms}
-    return ctx, config, arms
+    return smoke_run(SGDBound(), tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.slow

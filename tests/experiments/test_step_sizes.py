@@ -19,36 +19,6 @@ SPARSE = SparseRegression.presets["cpu"]
 # --- data and models ---------------------------------------------------------------------------
 
 
-def test_cifar_is_read_channel_by_channel(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
-    for folder, files, labels in (
-        ("ten", ("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin"), [[4]]),
-        ("hundred", ("train.bin", "test.bin"), [[9, 57]]),
-    ):
-        path = tmp_path / folder
-        path.mkdir()
-        records = [bytes(labels[0]) + image.tobytes() for image in pixels]
-        (path / files[-1]).write_bytes(records[4])
-        (path / files[0]).write_bytes(b"".join(records[: 4 if len(files) == 2 else 2]))
-        if len(files) == 3:
-            (path / files[1]).write_bytes(b"".join(records[2:4]))
-        data = classifiers.cifar(path)
-        assert data.train_images.shape == (4, 32, 32, 3)
-        np.testing.assert_array_equal(data.train_labels, labels[0][-1])
-        got = data.train_images[3, 5, 7, 1]
-        np.testing.assert_array_equal(got, np.float32(pixels[3, 1, 5, 7]) / 255)
-        assert (data.test_images.shape, data.test_labels.dtype) == ((1, 32, 32, 3), np.int32)
-
-
-def test_cifar_says_what_is_wrong_with_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data must be a folder with the binary version"):
-        classifiers.cifar(tmp_path)
-    (tmp_path / "train.bin").write_bytes(b"x" * 3073)
-    (tmp_path / "test.bin").write_bytes(b"x" * 3074)
-    with pytest.raises(ValueError, match=r"whole records of 3074 bytes; .*train\.bin has 3073"):
-        classifiers.cifar(tmp_path)
-
-
 def test_labels_change_at_the_step_and_stay_with_their_images():
     images = np.arange(10)[:, None]
     following = (np.arange(10) + 1) % 10

@@ -40,31 +40,6 @@ def test_the_split_is_the_cards_and_loses_no_image():
     assert sorted(map(bytes, together)) == sorted(map(bytes, known.astype(np.float32)))
 
 
-def test_cifar_is_read_channel_by_channel(tmp_path):
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
-    records = [bytes([9]) + image.tobytes() for image in pixels]
-    (folder / "data_batch_1.bin").write_bytes(b"".join(records[:2]))
-    (folder / "data_batch_2.bin").write_bytes(b"".join(records[2:4]))
-    (folder / "test_batch.bin").write_bytes(records[4])
-    for path in (tmp_path, folder):
-        read = images.cifar10(path)
-        assert (read.train.shape, read.test.shape) == ((4, 32, 32, 3), (1, 32, 32, 3))
-        assert read.train.dtype == np.float32
-        np.testing.assert_array_equal(read.train[3, 5, 7, 1], np.float32(pixels[3, 1, 5, 7]) / 255)
-        np.testing.assert_array_equal(read.test[0, ..., 2], np.float32(pixels[4, 2]) / 255)
-
-
-def test_cifar_says_what_is_wrong_with_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data must be a folder with CIFAR-10"):
-        images.cifar10(tmp_path)
-    (tmp_path / "data_batch_1.bin").write_bytes(b"x" * 3073)
-    (tmp_path / "test_batch.bin").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="whole records of 3073 bytes"):
-        images.cifar10(tmp_path)
-
-
 def test_every_epoch_shows_every_image_once_in_a_new_order():
     source = images.Shuffled(np.arange(10), 4, seed=3)
     stream = np.concatenate([source[step]["images"] for step in range(10)]).reshape(4, 10)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,86 +10,23 @@ import numpy as np
 from flax import nnx
 
 from jaxkit._checks import check_choice
-from jaxkit_experiments.data import digit_images
+from jaxkit_experiments.data import LabelledImages, split_digits
 from jaxkit_experiments.vq.images import Shuffled
 
-__all__ = ["MODELS", "Batches", "LabelledImages", "build", "cifar", "digits"]
+__all__ = ["MODELS", "Batches", "build", "digits"]
 
 MODELS = ("mlp", "resnet18")
-_PIXELS = 3 * 32 * 32
-
-
-class LabelledImages(NamedTuple):
-    """Images `[n, height, width, channels]` float32 in [0, 1] and labels `[n]` int32."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
 
 
 def digits() -> LabelledImages:
-    """scikit-learn's 1797 digits in the shared order, 1400 to train and 397 to test.
+    """The digits in the shared order, 1400 to train and 397 to test.
 
     Example:
       >>> data = digits()
       >>> data.train_images.shape, data.test_labels.shape, data.classes
       ((1400, 8, 8, 1), (397,), 10)
     """
-    parts = digit_images()
-    images = np.concatenate([parts.train_images, parts.test_images])[..., None]
-    labels = np.concatenate([parts.train_labels, parts.test_labels])
-    return LabelledImages(images[:1400], labels[:1400], images[1400:], labels[1400:])
-
-
-def cifar(path: str | Path) -> LabelledImages:
-    """CIFAR-10 or CIFAR-100 in its binary version, told by the names of the files.
-
-    A record is the label (CIFAR-100: the coarse one and the fine one, which is taken) and
-    3 × 32 × 32 bytes of pixels, channel by channel.
-
-    Args:
-      path: the folder with `data_batch_*.bin` and `test_batch.bin`, or `train.bin` and `test.bin`.
-
-    Raises:
-      FileNotFoundError: the files are not there.
-      ValueError: a file is not made of whole records.
-
-    Example:
-      >>> import tempfile
-      >>> folder = Path(tempfile.mkdtemp())
-      >>> for name in ("train.bin", "test.bin"):
-      ...     _ = (folder / name).write_bytes(bytes([3, 57]) + bytes([255]) * 3072)
-      >>> data = cifar(folder)
-      >>> data.train_images.shape, data.test_labels.tolist(), data.classes
-      ((1, 32, 32, 3), [57], 58)
-    """
-    folder = Path(path).expanduser()
-    ten = sorted(folder.glob("data_batch_*.bin")), folder / "test_batch.bin", 1
-    hundred = sorted(folder.glob("train.bin")), folder / "test.bin", 2
-    for train, test, labels in (ten, hundred):
-        if train and test.exists():
-            parts = [_records(file, labels) for file in train]
-            images, of = (np.concatenate(part) for part in zip(*parts, strict=True))
-            return LabelledImages(images, of, *_records(test, labels))
-    raise FileNotFoundError(
-        "data must be a folder with the binary version of CIFAR-10 (data_batch_*.bin, "
-        f"test_batch.bin) or CIFAR-100 (train.bin, test.bin); got {folder}."
-    )
-
-
-def _records(file: Path, labels: int) -> tuple[np.ndarray, np.ndarray]:
-    stored, size = np.frombuffer(file.read_bytes(), np.uint8), labels + _PIXELS
-    if not stored.size or stored.size % size:
-        raise ValueError(f"data must hold whole records of {size} bytes; {file} has {stored.size}.")
-    records = stored.reshape(-1, size)
-    pixels = records[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return pixels.astype(np.float32) / 255, records[:, labels - 1].astype(np.int32)
+    return split_digits(1400)
 
 
 class Batches:

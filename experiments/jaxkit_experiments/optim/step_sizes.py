@@ -33,6 +33,7 @@ from flax import nnx
 
 from jaxkit._checks import check_choice, check_int
 from jaxkit.optim.step_size import eg_stepsize
+from jaxkit_experiments.data import LabelledImages, cifar
 from jaxkit_experiments.experiment import (
     Claim,
     Context,
@@ -369,7 +370,7 @@ class StepSizeAdaptation(Experiment):
     def run_arm(
         self, config: StepSizeConfig, arm: str, ctx: Context
     ) -> Mapping[str, Sequence[float]]:
-        data = classifiers.digits() if ctx.data is None else classifiers.cifar(ctx.data)
+        data = classifiers.digits() if ctx.data is None else cifar(ctx.data)
         start = time.perf_counter()
         metrics: dict[str, list[float]] = {}
         for rate in config.rates:
@@ -388,7 +389,7 @@ class StepSizeAdaptation(Experiment):
         config: StepSizeConfig,
         arm: str,
         rate: float,
-        data: classifiers.LabelledImages,
+        data: LabelledImages,
         ctx: Context,
         shift_at: int | None = None,
     ) -> TrainResult:

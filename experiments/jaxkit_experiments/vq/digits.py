@@ -304,7 +304,7 @@ class Digits(Experiment):
 
     def images(self, ctx: Context) -> images.Images:
         """The digits, or CIFAR-10 from `--data`."""
-        return images.digits() if ctx.data is None else images.cifar10(ctx.data)
+        return images.digits() if ctx.data is None else images.cifar(ctx.data)
 
     def fit(
         self,

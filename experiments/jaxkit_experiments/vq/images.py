@@ -1,4 +1,4 @@
-"""Images for the autoencoders: the digits, or CIFAR-10 from a folder."""
+"""Images for the autoencoders: the digits, or CIFAR from a folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxkit_experiments.data import digit_images
+from jaxkit_experiments import data
 
-__all__ = ["Constant", "Images", "Shuffled", "cifar10", "digits"]
-
-_CIFAR_RECORD = 1 + 3 * 32 * 32
+__all__ = ["Constant", "Images", "Shuffled", "cifar", "digits"]
 
 
 class Images(NamedTuple):
@@ -84,58 +82,19 @@ class Constant:
 
 
 def digits() -> Images:
-    """scikit-learn's 1797 digits, 8×8×1: 1437 to train and 360 to test, in the shared order.
+    """The digits in the shared order, 1437 to train and 360 to test.
 
     Example:
       >>> digits().train.shape, digits().test.shape
       ((1437, 8, 8, 1), (360, 8, 8, 1))
     """
-    parts = digit_images()
-    images = np.concatenate([parts.train_images, parts.test_images])[..., None]
-    return Images(images[:1437], images[1437:])
+    return _without_labels(data.split_digits(1437))
 
 
-def cifar10(path: str | Path) -> Images:
-    """CIFAR-10 in its binary version: `data_batch_*.bin` to train, `test_batch.bin` to test.
-
-    A record is one byte of label and 3 × 32 × 32 bytes of pixels, channel by channel.
-
-    Args:
-      path: the folder with these files, or the folder that holds it (`cifar-10-batches-bin`).
-
-    Returns:
-      Images `[n, 32, 32, 3]`.
-
-    Raises:
-      FileNotFoundError: the files are not there.
-      ValueError: a file is not made of whole records.
-
-    Example:
-      >>> import tempfile
-      >>> folder = Path(tempfile.mkdtemp())
-      >>> for name in ("data_batch_1.bin", "test_batch.bin"):
-      ...     _ = (folder / name).write_bytes(bytes([3]) + bytes([255]) * 3072)
-      >>> images = cifar10(folder)
-      >>> images.train.shape, float(images.test.min())
-      ((1, 32, 32, 3), 1.0)
-    """
-    folder = Path(path).expanduser()
-    inner = folder / "cifar-10-batches-bin"
-    folder = inner if inner.is_dir() else folder
-    train, test = sorted(folder.glob("data_batch_*.bin")), folder / "test_batch.bin"
-    if not train or not test.exists():
-        raise FileNotFoundError(
-            f"data must be a folder with CIFAR-10's binary version, data_batch_*.bin and "
-            f"test_batch.bin; got {folder}."
-        )
-    return Images(np.concatenate([_records(file) for file in train]), _records(test))
+def cifar(path: str | Path) -> Images:
+    """CIFAR-10 or CIFAR-100 in its binary version; see `jaxkit_experiments.data.cifar`."""
+    return _without_labels(data.cifar(path))
 
 
-def _records(file: Path) -> np.ndarray:
-    stored = np.frombuffer(file.read_bytes(), np.uint8)
-    if not stored.size or stored.size % _CIFAR_RECORD:
-        raise ValueError(
-            f"data must hold whole records of {_CIFAR_RECORD} bytes; {file} has {stored.size}."
-        )
-    pixels = stored.reshape(-1, _CIFAR_RECORD)[:, 1:].reshape(-1, 3, 32, 32)
-    return pixels.transpose(0, 2, 3, 1).astype(np.float32) / 255
+def _without_labels(labelled: data.LabelledImages) -> Images:
+    return Images(labelled.train_images, labelled.test_images)

@@ -18,7 +18,6 @@ __all__ = [
     "finite_rows",
     "nan_where",
     "sizes",
-    "wide",
 ]
 
 # The score of what a query does not see: finite, since (-inf) - (-inf) is not a number.
@@ -42,11 +41,6 @@ class Sizes(NamedTuple):
     def share(self) -> int:
         """Query heads of one group."""
         return self.heads // self.groups
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype of statistics: float64 for float64, else float32."""
-    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype("float32")
 
 
 def finite_rows(*arrays: Any) -> Any:

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkit._checks import check_floating, check_int, check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, DType, Float
-from jaxkit.attention.vq._operands import wide
 
 __all__ = ["relative_sinusoids", "rotate", "xl_bias"]
 

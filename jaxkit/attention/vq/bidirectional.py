@@ -3,15 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, Float, Int
-from jaxkit.attention.vq._operands import (
-    HIGHEST,
-    check_mask,
-    finite_rows,
-    nan_where,
-    sizes,
-    wide,
-)
+from jaxkit.attention.vq._operands import HIGHEST, check_mask, finite_rows, nan_where, sizes
 from jaxkit.attention.vq.block import Cache, masked_softmax, summarize
 from jaxkit.attention.vq.codes import quantize_keys
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxkit_kernels as kernels
 
 from jaxkit._checks import check_choice, check_int
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, Float, Int
 from jaxkit.attention.vq._operands import (
     HIGHEST,
@@ -18,7 +19,6 @@ from jaxkit.attention.vq._operands import (
     finite_rows,
     nan_where,
     sizes,
-    wide,
 )
 from jaxkit.attention.vq.biases import rotate
 from jaxkit.attention.vq.codes import quantize_keys

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_choice, check_int, check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, DType, Float, Int, Key
-from jaxkit.attention.vq._operands import check_mask, wide
+from jaxkit.attention.vq._operands import check_mask
 from jaxkit.attention.vq.biases import relative_sinusoids
 from jaxkit.quantize import (
     EMAState,

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import jaxkit_kernels as kernels
 
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, Float, Int
-from jaxkit.attention.vq._operands import check_codes, check_mask, wide
+from jaxkit.attention.vq._operands import check_codes, check_mask
 
 __all__ = ["QuantizedKeys", "find_codes", "lookup", "nearest_codes", "quantize_keys"]
 

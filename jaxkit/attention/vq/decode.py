@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import jaxkit_kernels as kernels
 
 from jaxkit._checks import check_choice, check_int
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, DType, Float, Int
-from jaxkit.attention.vq._operands import check_bias, check_mask, sizes, wide
+from jaxkit.attention.vq._operands import check_bias, check_mask, sizes
 from jaxkit.attention.vq.biases import rotate
 from jaxkit.attention.vq.block import LOCALS, Cache, attend, merge, resolve_window, summarize
 from jaxkit.attention.vq.codes import lookup, quantize_keys

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxkit._checks import check_choice, check_floating, check_int, check_real
+from jaxkit._dtypes import wide
+from jaxkit._norms import rms_norm
 from jaxkit._typing import Array, Bool, DType, Float, Key
 from jaxkit.attention.vq import bidirectional, block, decode, soft
-from jaxkit.attention.vq._operands import check_mask, wide
+from jaxkit.attention.vq._operands import check_mask
 from jaxkit.attention.vq.biases import relative_sinusoids, xl_bias
 from jaxkit.attention.vq.codebook import (
     CODEBOOK_INITS,
@@ -34,19 +36,6 @@ QUANTIZERS = ("hard", "soft", "none")
 
 class CodebookVariable(nnx.Variable):
     """Running statistics of a codebook: state of the model, and no `nnx.Param`."""
-
-
-def rms_norm(x: Float[Array, "*batch dim"], *, epsilon: float = 1e-6) -> Float[Array, "*batch dim"]:
-    """x / √(mean x² + ε), computed in float32 at least.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> [f"{value:.4f}" for value in rms_norm(jnp.asarray([3.0, 4.0]))]
-      ['0.8485', '1.1314']
-    """
-    y = x.astype(wide(x.dtype))
-    y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + epsilon)
-    return y.astype(x.dtype)
 
 
 class _Operands(NamedTuple):

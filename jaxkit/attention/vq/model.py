@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from jaxkit._checks import check_choice, check_int, check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, DType, Float, Int, Key
-from jaxkit.attention.vq._operands import check_mask, wide
+from jaxkit.attention.vq._operands import check_mask
 from jaxkit.attention.vq.codebook import CodeStatistics, update_codebooks
 from jaxkit.attention.vq.layers import VQAttention, rms_norm
 from jaxkit.quantize import EMAState

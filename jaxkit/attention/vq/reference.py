@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_int
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, Float, Int
 from jaxkit.attention.vq._operands import (
     HIGHEST,
@@ -13,7 +14,6 @@ from jaxkit.attention.vq._operands import (
     finite_rows,
     nan_where,
     sizes,
-    wide,
 )
 from jaxkit.attention.vq.biases import rotate
 from jaxkit.attention.vq.codes import quantize_keys

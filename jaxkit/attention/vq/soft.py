@@ -13,15 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_int, check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, DType, Float
-from jaxkit.attention.vq._operands import (
-    HIGHEST,
-    check_mask,
-    finite_rows,
-    nan_where,
-    sizes,
-    wide,
-)
+from jaxkit.attention.vq._operands import HIGHEST, check_mask, finite_rows, nan_where, sizes
 from jaxkit.attention.vq.bidirectional import attend_codes
 from jaxkit.attention.vq.block import Cache, masked_softmax, merge, reduce_blocks
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkit._checks import check_floating, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, ArrayLike, Bool, Float
-from jaxkit.optim._leaves import wide
 
 __all__ = ["Prepared", "check_vector", "pick", "preference_vector", "prepare"]
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit._checks import check_choice, check_int
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Bool, Float, Key
-from jaxkit.optim._leaves import flatten, path_name, wide
+from jaxkit.optim._leaves import flatten, path_name
 from jaxkit.optim.multitask import balanced, constrained, mgda, nash, surgery
 from jaxkit.optim.multitask import losses as by_loss
 from jaxkit.optim.multitask.cagrad import cagrad

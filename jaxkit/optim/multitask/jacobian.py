@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_floating
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Float
-from jaxkit.optim._leaves import wide
 
 __all__ = [
     "Pullback",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit._checks import check_choice, check_real, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, ArrayLike, Float, Key
-from jaxkit.optim._leaves import wide
 from jaxkit.optim.multitask._gram import check_vector
 
 __all__ = [

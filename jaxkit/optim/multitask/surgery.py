@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Float, Key
-from jaxkit.optim._leaves import wide
 from jaxkit.optim.multitask._gram import pick, prepare
 
 __all__ = ["GradVacState", "graddrop", "gradvac", "gradvac_init", "pcgrad"]
