@@ -13,7 +13,7 @@ help:
 	@echo "make test    lint, types and all tests"
 	@echo "make aot     the tests with the compilers for TPU and H200 installed"
 	@echo "make report  one HTML page of all runs"
-	@echo "make bench   speed and memory of the state-space models and of attention over quantised keys"
+	@echo "make bench   speed and memory of the kernels, of attention over quantised keys, of the optimizers"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -54,6 +54,7 @@ report: $(VENV)/.installed-experiments
 bench: $(VENV)/.installed-experiments
 	$(BIN)/jaxkit bench ssm
 	$(BIN)/jaxkit bench vq
+	$(BIN)/jaxkit bench optim
 
 clean:
 	rm -rf $(VENV) $(RUNS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
