@@ -18,11 +18,13 @@ from jaxkit._checks import check_choice, check_real, is_traced
 from jaxkit._dtypes import wide
 from jaxkit._typing import Array, Int
 from jaxkit.optim._leaves import flatten
+from jaxkit.optim.loss_scaling import all_finite
 
 __all__ = ["EGDDState", "EGStepSizeState", "StepSizes", "eg_sgd", "eg_stepsize", "egdd"]
 
 Rate: TypeAlias = float | Array | Callable[[Any], Any]
 Bounds: TypeAlias = tuple[float, float]
+Axes: TypeAlias = str | tuple[str, ...] | None
 
 
 class StepSizes(NamedTuple):
@@ -77,6 +79,7 @@ def eg_stepsize(
     where: Literal["post", "pre"] = "post",
     scale_scope: Literal["global", "leaf"] = "global",
     scale_rule: Literal["exponentiated", "additive"] = "exponentiated",
+    axis_name: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Any optimizer with its step sizes adapted by exponentiated gradient.
 
@@ -112,6 +115,8 @@ def eg_stepsize(
       scale_scope: One scale for all leaves ("global"), or one for each ("leaf").
       scale_rule: "exponentiated" as above, or "additive", `s <- clip(s + scale_lr A)`, the
         hypergradient's.
+      axis_name: Inside `shard_map`, the mesh axes over which every parameter is split: the scale
+        needs sums over all of them. Under plain `jit` these come by themselves.
 
     Returns:
       An optax transformation. `state.step_sizes.scale` and `.gain` are s and p.
@@ -140,9 +145,10 @@ def eg_stepsize(
         beta,
         gain_bounds,
         scale_bounds,
-        gain_signal,
         raw,
         scale_scope,
+        axis_name,
+        gain_signal,
         scale_rule,
     )
     check_choice("where", where, ("post", "pre"))
@@ -185,6 +191,7 @@ def egdd(
     scale_bounds: Bounds = (0.1, 10.0),
     raw: bool = False,
     scale_scope: Literal["global", "leaf"] = "global",
+    axis_name: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""EGDD: gradient descent with momentum, a scale and gains by exponentiated gradient.
 
@@ -210,6 +217,7 @@ def egdd(
       scale_bounds: Least and largest scale.
       raw: `<g_t, v_{t-1}>` and `g_t ḡ_{t-1} / (1 - β^{t-1})` in place of cosine and signs.
       scale_scope: "global", or "leaf", as in the code that the authors' group published.
+      axis_name: As for `eg_stepsize`.
 
     Returns:
       An optax transformation, with no learning rate to follow.
@@ -229,7 +237,7 @@ def egdd(
     Source: Amid, Anil, Fifty, Warmuth 2022 (arXiv 2202.00145); the order of the steps is that of
     the code in tensorflow/lingvo; post 8968.
     """
-    rule = _Rule(gain_lr, scale_lr, beta, gain_bounds, scale_bounds, "ema", raw, scale_scope)
+    rule = _Rule(gain_lr, scale_lr, beta, gain_bounds, scale_bounds, raw, scale_scope, axis_name)
     if not callable(learning_rate):
         check_real("learning_rate", learning_rate, above=0)
     _check_decay("momentum", momentum)
@@ -309,9 +317,10 @@ class _Rule:
     beta: Any
     gain_bounds: Bounds
     scale_bounds: Bounds
+    raw: bool
+    scope: str
+    axis_name: Axes
     gain_signal: str = "ema"
-    raw: bool = False
-    scope: str = "global"
     scale_rule: str = "exponentiated"
 
     def __post_init__(self) -> None:
@@ -365,7 +374,7 @@ class _Rule:
         gs, treedef = jax.tree.flatten(jax.lax.stop_gradient(grads))
         gs = [g.astype(wide(g.dtype)) for g in gs]
         past = jax.lax.stop_gradient(past)
-        finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(g)) for g in gs], bool))
+        finite = all_finite(gs, axis_name=self.axis_name)
         keep = lambda new, old: jnp.where(finite, new, old)
         flat = treedef.flatten_up_to
 
@@ -411,7 +420,8 @@ class _Rule:
 
         def dot(xs: Sequence[Array], ys: Sequence[Array]) -> Array:
             terms = (jnp.sum(x * y).astype(zero.dtype) for x, y in zip(xs, ys, strict=True))
-            return sum(terms, zero)
+            total = sum(terms, zero)
+            return total if self.axis_name is None else jax.lax.psum(total, self.axis_name)
 
         a = dot(gs, vs)
         if not self.raw:

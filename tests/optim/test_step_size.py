@@ -9,25 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxkit.optim import check_optimizer, eg_sgd, eg_stepsize, egdd, tiger
 from tests.tolerance import tol
 
 
 def run(optimizer, params, gradient, steps):
-    """Parameters and state after steps on `gradient(params, step)`, in one compiled scan."""
+    """Parameters and state after steps on `gradient(params, step)`, in one compiled loop."""
+    return loop(optimizer, gradient)(params, steps)
 
-    @jax.jit
-    def scanned(params):
-        def body(carry, step):
-            params, state = carry
-            updates, state = optimizer.update(gradient(params, step), state, params)
-            return (optax.apply_updates(params, updates), state), None
 
-        start = (params, optimizer.init(params))
-        return jax.lax.scan(body, start, jnp.arange(steps))[0]
+@functools.cache
+def loop(optimizer, gradient):
+    """Compiled once for all numbers of steps."""
 
-    return scanned(params)
+    def body(step, carry):
+        params, state = carry
+        updates, state = optimizer.update(gradient(params, step), state, params)
+        return optax.apply_updates(params, updates), state
+
+    start = lambda params: (params, optimizer.init(params))
+    return jax.jit(lambda params, steps: jax.lax.fori_loop(0, steps, body, start(params)))
 
 
 CURVATURE = np.array([1.0, 0.1, 10.0])
@@ -238,8 +242,9 @@ def test_additive_rule_is_the_hypergradient():
     optimizer = eg_stepsize(
         optax.sgd(0.1), gain_lr=0, scale_lr=0.5, scale_rule="additive", scale_bounds=(0.5, 3.0)
     )
+    slope = lambda *_: jnp.ones(2)
     for steps, scale in ((1, 1.0), (2, 1.5), (4, 2.5), (9, 3.0)):
-        params, state = run(optimizer, jnp.zeros(2), lambda *_: jnp.ones(2), steps)
+        params, state = run(optimizer, jnp.zeros(2), slope, steps)
         np.testing.assert_allclose(state.step_sizes.scale, scale, rtol=1e-9)
     np.testing.assert_allclose(params, -0.1 * (1 + 1.5 + 2 + 2.5 + 5 * 3), rtol=1e-9)
 
@@ -261,25 +266,23 @@ def test_adam_cancels_gains_in_front_of_it():
 # --- numbers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("scope", ["global", "leaf"])
-def test_non_finite_gradients_leave_the_step_sizes(bad, scope):
+def test_non_finite_gradients_leave_the_step_sizes(scope):
     inner = optax.stateless(lambda g, _: jax.tree.map(lambda g: -0.1 * g, g))
     optimizer = eg_stepsize(inner, gain_lr=0.1, scale_lr=0.1, scale_scope=scope, gain_signal="ema")
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     _, state = run(optimizer, params, lambda x, _: x, 3)
-    grads = {"a": jnp.array([1.0, bad, -1.0]), "b": jnp.ones(2)}
-    updates, after = jax.jit(optimizer.update)(grads, state, params)
-    for old, new in zip(
-        jax.tree.leaves(state.step_sizes), jax.tree.leaves(after.step_sizes), strict=True
-    ):
-        np.testing.assert_array_equal(old, new)
-    assert not np.isfinite(updates["a"][1]), "it goes on to the inner rule"
-    # The next finite step goes on from there, and nothing is poisoned.
-    _, onward = optimizer.update(params, after, params)
-    assert int(onward.step_sizes.count) == int(state.step_sizes.count) + 1
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(onward))
-    assert np.all(onward.step_sizes.gain["b"] > state.step_sizes.gain["b"])
+    update = jax.jit(optimizer.update)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        grads = {"a": jnp.array([1.0, bad, -1.0]), "b": jnp.ones(2)}
+        updates, after = update(grads, state, params)
+        chex.assert_trees_all_equal(after.step_sizes, state.step_sizes)
+        assert not np.isfinite(updates["a"][1]), "it goes on to the inner rule"
+        # The next finite step goes on from there, and nothing is poisoned.
+        _, onward = update(params, after, params)
+        assert int(onward.step_sizes.count) == int(state.step_sizes.count) + 1
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(onward))
+        assert np.all(onward.step_sizes.gain["b"] > state.step_sizes.gain["b"])
 
 
 def test_a_zero_gradient_has_no_direction():
@@ -362,6 +365,52 @@ def test_a_badly_known_rate_is_mended():
     assert plain[1] > 0.98
     assert adapted[1] < 0.3
     assert np.all(np.abs(adapted) < plain)
+
+
+# --- several devices ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize("kind", ["jit", "shard_map"])
+def test_eight_devices_equal_one(kind, scope):
+    """The inner products of the scale are over all devices, and so is a bad gradient on one."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    make = functools.partial(egdd, 0.1, gain_lr=0.1, scale_lr=0.3, scale_scope=scope)
+    params = {"a": jnp.linspace(-1, 1, 16), "b": jnp.ones((8, 3))}
+    grads = jax.tree.map(
+        lambda x: jnp.cos(jnp.arange(5.0 * x.size) * 0.7).reshape(5, *x.shape) + 0.5, params
+    )
+    grads["a"] = grads["a"].at[3, 15].set(jnp.nan)
+
+    def steps(optimizer, params, grads):
+        def body(state, g):
+            updates, state = optimizer.update(g, state)
+            return state, updates
+
+        return jax.lax.scan(body, optimizer.init(params), grads)
+
+    alone, updates = jax.jit(functools.partial(steps, make()))(params, grads)
+    split = jax.tree.map(lambda _: P("data"), params)
+    split_grads = jax.tree.map(lambda _: P(None, "data"), params)
+    if kind == "jit":
+        put = lambda tree, specs: jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
+        )
+        run_all = jax.jit(functools.partial(steps, make()))
+        state, spread = run_all(put(params, split), put(grads, split_grads))
+    else:
+        sizes = alone.step_sizes._replace(count=P(), log_gain=split, average=split)
+        sizes = sizes._replace(log_scale=jax.tree.map(lambda _: P(), sizes.log_scale))
+        manual = jax.shard_map(
+            functools.partial(steps, make(axis_name="data")),
+            mesh=mesh,
+            in_specs=(split, split_grads),
+            out_specs=(alone._replace(step_sizes=sizes, momentum=split), split_grads),
+        )
+        state, spread = jax.jit(manual)(params, grads)
+    assert int(state.step_sizes.count) == 4
+    chex.assert_trees_all_close(state, alone, rtol=1e-12)
+    chex.assert_trees_all_close(spread, updates, rtol=1e-12)
 
 
 # --- the contract ------------------------------------------------------------------------------
