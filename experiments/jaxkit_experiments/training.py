@@ -147,6 +147,7 @@ def train(
     mesh: Mesh | None = None,
     data_axis: str = "data",
     param_sharding: ShardingRule | None = None,
+    hyperparams: Any = None,
     ctx: Context | None = None,
     name: str = "train",
 ) -> TrainResult:
@@ -164,7 +165,8 @@ def train(
       batches: one source per seed, or a function from seed to source. Every process gives the
         whole batch and sends its devices their part.
       steps: how many.
-      seeds: non-negative integers below 2³².
+      seeds: non-negative integers below 2³². One may come again, to be trained on other batches or
+        with other `hyperparams`.
       evaluate: scalar metrics of a model (in `eval()` mode) on `evaluation_data`, traced.
       evaluation_data: pytree of arrays, the same for all seeds.
       evaluate_every: steps between evaluations, a multiple of `chunk`; there is always one at the
@@ -176,6 +178,8 @@ def train(
       data_axis: the mesh axis over which batches are split.
       param_sharding: from a parameter's path such as "layers/0/kernel" and its shape to a
         `PartitionSpec`, or None for replicated. The optimizer's moments follow.
+      hyperparams: pytree of arrays `[seeds, ...]`, such as learning rates. `optimizer` is then a
+        function of those of one seed, traced, that returns a transformation.
       ctx: run folder, metric log and progress; without it nothing is written.
       name: of this training within its arm, if there is more than one.
 
@@ -232,7 +236,13 @@ def train(
     # Whatever kind of axes the caller's mesh has, the compiler is to place the intermediates.
     mesh = Mesh(mesh.devices, mesh.axis_names)
 
-    program = _Program(init, loss, optimizer, seeds, mesh, param_sharding)
+    for leaf in jax.tree.leaves(hyperparams):
+        if np.shape(leaf)[:1] != (len(seeds),):
+            raise ValueError(
+                f"hyperparams must have a first axis of {len(seeds)} seeds; "
+                f"got the shape {np.shape(leaf)}."
+            )
+    program = _Program(init, loss, optimizer, seeds, mesh, param_sharding, hyperparams)
     put_batch = partial(_put, NamedSharding(mesh, PartitionSpec(None, None, data_axis)))
     lengths = {min(chunk, steps), steps % chunk or chunk}
     # A second compilation of the same chunk would cost more than the training itself. chex counts
@@ -338,6 +348,7 @@ class _Program:
         seeds: Sequence[int],
         mesh: Mesh,
         param_sharding: ShardingRule | None,
+        hyperparams: Any,
     ):
         self._init, self._loss = init, loss
         self._seeds = np.asarray(seeds, np.uint32)
@@ -346,15 +357,22 @@ class _Program:
         shapes: Any = jax.eval_shape(self._init_model, jax.random.key(0))
         params, other = shapes
         make: Any = optimizer
-        self._tx = make if isinstance(make, optax.GradientTransformation) else make(params)
+        if hyperparams is None:
+            tx = make if isinstance(make, optax.GradientTransformation) else make(params)
+            make = lambda _: tx
+        self._make, self._hyperparams = make, jax.tree.map(np.asarray, hyperparams)
         with _optax_numerics():
-            state = (params, other, jax.eval_shape(self._tx.init, params))
+            first = jax.tree.map(lambda leaf: leaf[0], self._hyperparams)
+            state = (params, other, jax.eval_shape(self._init_optimizer, params, first))
         self.shardings = _shardings(state, mesh, param_sharding)
 
     def _init_model(self, key: jax.Array) -> tuple[Any, Any]:
         parts: Any = nnx.split(self._init(key), nnx.Param, ...)
         self.graphdef, params, other = parts
         return params, other
+
+    def _init_optimizer(self, params: Any, hyperparams: Any) -> Any:
+        return self._make(hyperparams).init(params)
 
     def _keys(self) -> tuple[jax.Array, jax.Array]:
         """Keys of initialisation and of the steps, `[seeds]` each."""
@@ -367,11 +385,20 @@ class _Program:
         def all_seeds() -> Any:
             params, other = jax.vmap(self._init_model)(self._keys()[0])
             with _optax_numerics():
-                return params, other, jax.vmap(self._tx.init)(params)
+                init_all: Any = jax.vmap(self._init_optimizer)
+                return params, other, init_all(params, self._hyperparams)
 
         return jax.jit(all_seeds, out_shardings=self.shardings)()
 
-    def _step(self, params: Any, other: Any, opt_state: Any, batch: Any, key: jax.Array) -> Any:
+    def _step(
+        self,
+        params: Any,
+        other: Any,
+        opt_state: Any,
+        batch: Any,
+        key: jax.Array,
+        hyperparams: Any,
+    ) -> Any:
         def objective(params: Any) -> Any:
             model = nnx.merge(self.graphdef, params, other, copy=True)
             value, metrics = self._loss(model, batch, key)
@@ -380,7 +407,7 @@ class _Program:
 
         (value, (other, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         with _optax_numerics():
-            updates, opt_state = self._tx.update(grads, opt_state, params)
+            updates, opt_state = self._make(hyperparams).update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(params):
@@ -395,7 +422,7 @@ class _Program:
             state, step, alive = carry
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(step_keys, step)
             step_all: Any = jax.vmap(self._step)
-            new, finite, metrics = step_all(*state, batch, keys)
+            new, finite, metrics = step_all(*state, batch, keys, self._hyperparams)
             alive &= jnp.all(finite)
             state = jax.tree.map(partial(jnp.where, alive), new, state)
             return (state, step + 1, alive), (alive, ~finite, metrics)

@@ -191,6 +191,19 @@ def test_an_optimizer_may_be_made_from_the_parameters(straight):
     assert_same(straight, labelled, tol("float32", 100))
 
 
+def test_every_seed_may_have_a_rate_of_its_own(straight):
+    """A seed comes twice, with two rates: each is what it would be without the others."""
+    rates = np.array([1e-2, 3e-2, 1e-2], np.float32)
+    together = run(optimizer=optax.adam, hyperparams=rates, seeds=(3, 3, 7))
+    fast = run(optimizer=optax.adam(3e-2), seeds=(3,))
+    for got, usual, other in zip(
+        *(jax.tree.leaves(result.params) for result in (together, straight, fast)), strict=True
+    ):
+        room = {"rtol": tol("float32", 100), "atol": tol("float32", 100)}
+        np.testing.assert_allclose(got[jnp.array([0, 2])], usual, **room)
+        np.testing.assert_allclose(got[1], other[0], **room)
+
+
 @pytest.mark.x32
 def test_float64_batches_become_the_default_precision():
     class Plain:
@@ -417,6 +430,10 @@ def test_parameters_that_overflow_are_non_finite_too():
         ({"seeds": ()}, "seeds must be at least one integer"),
         ({"seeds": (2**32,)}, r"below 2\*\*32"),
         ({"batches": [Batches(0)]}, "one source for each of 2 seeds; got 1"),
+        (
+            {"optimizer": optax.adam, "hyperparams": np.ones(3)},
+            r"hyperparams must have a first axis of 2 seeds; got the shape \(3,\)",
+        ),
         ({"evaluate_every": 6}, "evaluate_every must be a multiple of chunk=4; got 6"),
         ({"checkpoint_every": 5}, "checkpoint_every must be a multiple of chunk=4; got 5"),
         ({"batches": lambda seed: Batches(seed, size=12), "mesh": "all"}, "divide by the 8"),

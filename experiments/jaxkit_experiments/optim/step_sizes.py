@@ -8,6 +8,7 @@ One classifier, learning rates over three decades, and for each way to adapt it 
 * `hypergradient`: the scale alone, by addition.
 
 Then every label is replaced by the next one at half time, and the steps to recover are counted.
+All trainings of an arm go side by side, every rate and seed through one compiled step.
 
     jaxkit run eg-step-sizes --preset cpu
     jaxkit run eg-step-sizes --preset gpu --data cifar-100-binary --inner adam
@@ -19,6 +20,7 @@ hypergradient (arXiv 1703.04782).
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -75,7 +77,7 @@ class StepSizeConfig:
 
     Attributes:
       arms: ways to set the step size.
-      seeds: one model for each; trained side by side.
+      seeds: one model for each.
       rates: learning rates, growing.
       shift_rates: those at which the labels are shifted at half time; may be empty.
       steps: training steps.
@@ -112,11 +114,21 @@ class StepSizeConfig:
         if not self.rates or not self.seeds:
             raise ValueError("rates and seeds must hold at least one value each.")
 
+    @property
+    def trainings(self) -> list[tuple[float, bool]]:
+        """Rate of every training, and whether labels are shifted; there is one for each seed."""
+        return [(rate, False) for rate in self.rates] + [(rate, True) for rate in self.shift_rates]
+
+    @property
+    def shift_at(self) -> int:
+        """The step from which on labels are shifted."""
+        return self.steps // 2
+
 
 def make_optimizer(
-    config: StepSizeConfig, arm: str, rate: float
+    config: StepSizeConfig, arm: str, rate: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of an arm.
+    """The optimizer of an arm at a rate, which may be traced.
 
     Example:
       >>> optimizer = make_optimizer(StepSizeConfig(), "egdd", 0.1)
@@ -317,7 +329,7 @@ class StepSizeAdaptation(Experiment):
             batch_size=16,
             evaluate_every=5,
         ),
-        "cpu": StepSizeConfig(arms=tuple(arm for arm in ARMS if arm != "cosine")),
+        "cpu": StepSizeConfig(),
         "gpu": StepSizeConfig(
             rates=(1e-3, 1e-2, 1e-1),
             shift_rates=(1e-2,),
@@ -372,47 +384,50 @@ class StepSizeAdaptation(Experiment):
     ) -> Mapping[str, Sequence[float]]:
         data = classifiers.digits() if ctx.data is None else cifar(ctx.data)
         start = time.perf_counter()
-        metrics: dict[str, list[float]] = {}
-        for rate in config.rates:
-            result = self.fit(config, arm, rate, data, ctx)
-            last = [record for record in result.history if record["split"] == "train"][-1]
-            metrics[f"accuracy[{rate:g}]"] = result.metrics["accuracy"].tolist()
-            metrics[f"train_loss[{rate:g}]"] = last["loss"]
-        for rate in config.shift_rates:
-            shift_at = config.steps // 2
-            result = self.fit(config, arm, rate, data, ctx, shift_at)
-            metrics[f"recovery[{rate:g}]"] = recovery(result.history, shift_at, config.steps)
+        result = self.fit(config, arm, data, ctx)
+        last = [record for record in result.history if record["split"] == "train"][-1]
+        per_training = partial(np.reshape, shape=(len(config.trainings), len(config.seeds)))
+        columns = {
+            "accuracy": per_training(result.metrics["accuracy"]),
+            "train_loss": per_training(last["loss"]),
+            "recovery": per_training(recovery(result.history, config.shift_at, config.steps)),
+        }
+        metrics = {
+            f"{name}[{rate:g}]": columns[name][row].tolist()
+            for row, (rate, shifted) in enumerate(config.trainings)
+            for name in (("recovery",) if shifted else ("accuracy", "train_loss"))
+        }
         return metrics | {"seconds": [time.perf_counter() - start] * len(config.seeds)}
 
     def fit(
-        self,
-        config: StepSizeConfig,
-        arm: str,
-        rate: float,
-        data: LabelledImages,
-        ctx: Context,
-        shift_at: int | None = None,
+        self, config: StepSizeConfig, arm: str, data: LabelledImages, ctx: Context
     ) -> TrainResult:
-        """Train one arm at one rate for all seeds; with `shift_at` labels change at that step."""
+        """All trainings of an arm, a seed after the other within each of `config.trainings`."""
         following = np.roll(np.arange(data.classes), -1)  # the next class, for every class
-        sources = partial(
-            classifiers.Batches,
-            data.train_images,
-            data.train_labels,
-            config.batch_size,
-            relabel=None if shift_at is None else following,
-            relabel_at=shift_at or 0,
-        )
         shape, labels = data.train_images.shape[1:], data.test_labels[: config.test_images]
+        every = [
+            (rate, shifted, seed) for rate, shifted in config.trainings for seed in config.seeds
+        ]
         return train(
             init=lambda key: classifiers.build(
                 config.model, shape, data.classes, rngs=nnx.Rngs(key)
             ),
             loss=loss,
-            optimizer=make_optimizer(config, arm, rate),
-            batches=lambda seed: sources(seed=seed),
+            optimizer=partial(make_optimizer, config, arm),
+            hyperparams=np.array([rate for rate, _, _ in every], np.float32),
+            batches=[
+                classifiers.Batches(
+                    data.train_images,
+                    data.train_labels,
+                    config.batch_size,
+                    seed,
+                    relabel=following if shifted else None,
+                    relabel_at=config.shift_at,
+                )
+                for _, shifted, seed in every
+            ],
             steps=config.steps,
-            seeds=config.seeds,
+            seeds=[seed for _, _, seed in every],
             evaluate=evaluate,
             evaluation_data={
                 "images": data.test_images[: config.test_images],
@@ -420,9 +435,9 @@ class StepSizeAdaptation(Experiment):
                 "next_labels": following[labels].astype(labels.dtype),
             },
             evaluate_every=config.evaluate_every,
-            chunk=min(config.evaluate_every, config.steps),
+            # The batches of a chunk are in memory at once, those of the next beside them.
+            chunk=math.gcd(config.evaluate_every, 25),
             ctx=ctx,
-            name=f"{arm}-{rate:g}{'' if shift_at is None else '-shift'}",
         )
 
     def plot(self, results: Results, ctx: Context) -> list[Path]:
@@ -439,14 +454,14 @@ class StepSizeAdaptation(Experiment):
         if config.shift_rates:
             files.append(ctx.run_dir / "plots" / "shift.png")
             with figure(files[1], columns=len(config.shift_rates), squeeze=False) as axes:
+                shape = len(config.trainings), len(config.seeds)
                 for axis, rate in zip(axes[0], config.shift_rates, strict=True):
+                    row = config.trainings.index((rate, True))
                     for arm in results.arms:
                         points = [
-                            (record["step"], np.mean(record["shifted"]))
+                            (record["step"], np.mean(np.reshape(record["shifted"], shape)[row]))
                             for record in ctx.history(arm)
-                            if record["stage"] == f"{arm}-{rate:g}-shift"
-                            and record["split"] == "evaluation"
-                            and record["step"] >= config.steps // 2
+                            if record["split"] == "evaluation" and record["step"] >= config.shift_at
                         ]
                         axis.plot(*zip(*points, strict=True), label=arm)
                     axis.set_xlabel("step")
