@@ -31,6 +31,7 @@ from jaxkit.optim.loss_scaling import (
     dynamic_loss_scale,
     loss_scale,
     loss_scale_state,
+    scale_cotangent,
     scaled_value_and_grad,
     static_loss_scale,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "scale_by_accumulated_adam",
     "scale_by_accumulated_momentum",
     "scale_by_tiger",
+    "scale_cotangent",
     "scaled_value_and_grad",
     "split_embeddings",
     "static_loss_scale",

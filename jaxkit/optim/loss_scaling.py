@@ -24,6 +24,7 @@ __all__ = [
     "dynamic_loss_scale",
     "loss_scale",
     "loss_scale_state",
+    "scale_cotangent",
     "scaled_value_and_grad",
     "static_loss_scale",
 ]
@@ -37,7 +38,7 @@ class LossScaleState(NamedTuple):
     Attributes:
       scale: S of the next step, float32.
       good: Finite steps since S last changed, int32.
-      skipped_total: Steps with a gradient that was not finite, int32.
+      skipped_total: Steps with a gradient or an update that was not finite, int32.
       skipped_run: How many of them in a row up to now, int32.
       stalled: Whether `skipped_run` has reached `max_skipped_run`. A loop should stop then: the
         gradients are not finite for another reason than S.
@@ -70,7 +71,7 @@ def all_finite(tree: Any, *, axis_name: Any = None) -> Array:
     """
     finite = jnp.asarray(True)
     for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+        if jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact):
             finite &= jnp.isfinite(leaf).all()
     if axis_name is not None:
         finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
@@ -100,7 +101,8 @@ def dynamic_loss_scale(
 
     from the next step on. Gradients are divided by S in float32. Where they are not finite, the
     update is zero and the state of `inner` stays as it is, the step count of Adam or of a schedule
-    included. No non-finite gradient is ever applied, however many come in a row.
+    included. The same goes for an update that is not finite in the type of the parameters, though
+    the gradients were. Nothing that is not finite is ever applied, however often it comes.
 
     `inner` sees gradients and parameters in float32 at least, and keeps its state so: what float16
     cannot hold of a gradient, it cannot hold of a moment either. With float32 gradients, and a
@@ -181,6 +183,7 @@ def dynamic_loss_scale(
         initial_scale,
         adapt,
         unscale=True,
+        leaf_factors=1.0,
         max_skipped_run=max_skipped_run,
         on_non_finite=on_non_finite,
         shrink=shrink,
@@ -193,6 +196,7 @@ def static_loss_scale(
     scale: float,
     *,
     unscale: bool = True,
+    leaf_factors: Any = 1.0,
     max_skipped_run: int = 50,
     on_non_finite: str = "skip",
     shrink: float = 0.99,
@@ -208,6 +212,9 @@ def static_loss_scale(
       inner: An optax optimizer.
       scale: S. Powers of two scale without rounding.
       unscale: Whether `inner` sees the gradients of the loss, or those of S · loss.
+      leaf_factors: By what, beside S, gradients are divided: a number for every leaf, or for every
+        branch, of the parameters. For models that give single layers a scale of their own, with
+        `scale_cotangent`.
       max_skipped_run: As in `dynamic_loss_scale`.
       on_non_finite: As in `dynamic_loss_scale`.
       shrink: As in `dynamic_loss_scale`.
@@ -231,6 +238,8 @@ def static_loss_scale(
     Source: Micikevicius et al. 2018 (arXiv 1710.03740); post 9059.
     """
     check_real("scale", scale, above=0.0)
+    for factor in jax.tree.leaves(leaf_factors):
+        check_real("leaf_factors", factor, above=0.0)
 
     def adapt(scale: Array, good: Array, finite: Array) -> tuple[Array, Array]:
         return scale, jnp.where(finite, good + 1, 0)
@@ -240,6 +249,7 @@ def static_loss_scale(
         scale,
         adapt,
         unscale=unscale,
+        leaf_factors=leaf_factors,
         max_skipped_run=max_skipped_run,
         on_non_finite=on_non_finite,
         shrink=shrink,
@@ -253,6 +263,7 @@ def _scaled(
     adapt: Callable[[Array, Array, Array], tuple[Array, Array]],
     *,
     unscale: bool,
+    leaf_factors: Any,
     max_skipped_run: int,
     on_non_finite: str,
     shrink: float,
@@ -284,39 +295,50 @@ def _scaled(
         given = grads if params is None else params
         grads = jax.tree.map(_widened, grads)
         if unscale:
-            grads = jax.tree.map(lambda g: g / state.scale.astype(g.dtype), grads)
+            grads = jax.tree.map(
+                lambda factor, branch: jax.tree.map(
+                    lambda g: g / (state.scale * factor).astype(g.dtype), branch
+                ),
+                leaf_factors,
+                grads,
+            )
         finite = all_finite(grads, axis_name=axis_name)
-        scale, good = adapt(state.scale, state.good, finite)
-        bad = (~finite).astype(jnp.int32)
-        run = jnp.where(finite, 0, state.skipped_run + 1)
-
         wide_params = None if params is None else jax.tree.map(_widened, params)
 
-        def apply(grads: Any) -> tuple[Any, Any]:
-            updates, inner_state = inner.update(grads, state.inner_state, wide_params, **extra_args)
-            return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, given), inner_state
+        if on_non_finite == "zero_leaves":
+            grads = jax.tree.map(
+                lambda g: jnp.where(all_finite(g, axis_name=axis_name), g, jnp.zeros_like(g)),
+                grads,
+            )
 
-        def pass_over(_: Any) -> tuple[Any, Any]:
+        def step(grads: Any) -> tuple[Any, Any, Array]:
+            updates, inner_state = inner.update(grads, state.inner_state, wide_params, **extra_args)
+            updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, given)
+            return updates, inner_state, all_finite(updates, axis_name=axis_name)
+
+        kinds = jax.eval_shape(step, grads)
+
+        def pass_over() -> tuple[Any, Any, Array]:
             instead = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), given)
             if on_non_finite == "shrink":
                 instead = jax.tree.map(lambda p: p * jnp.asarray(shrink - 1, p.dtype), params)
             old = state.inner_state
             kept = _emptied(old) if on_non_finite == "void_window" else old
-            return jax.tree.map(_varying_as, (instead, kept), jax.eval_shape(apply, grads))
+            return jax.tree.map(_varying_as, (instead, kept, jnp.asarray(False)), kinds)
 
-        if on_non_finite == "zero_leaves":
-            updates, inner_state = apply(
-                jax.tree.map(
-                    lambda g: jnp.where(all_finite(g, axis_name=axis_name), g, jnp.zeros_like(g)),
-                    grads,
-                )
-            )
-        else:
-            # A branch of its own, so that a good step is compiled as the optimizer alone would be.
-            updates, inner_state = jax.lax.cond(finite, apply, pass_over, grads)
-        return updates, LossScaleState(
-            scale, good, state.skipped_total + bad, run, run >= longest, inner_state
-        )
+        def attempt() -> tuple[Any, Any, Array]:
+            # Finite gradients may have no finite update: 0/0 without an ε, a step beyond float16.
+            done = step(grads)
+            return jax.lax.cond(done[-1], lambda: done, pass_over)
+
+        # A branch of its own, so that a good step is compiled as the optimizer alone would be.
+        usable = jnp.asarray(True) if on_non_finite == "zero_leaves" else finite
+        updates, inner_state, fits = jax.lax.cond(usable, attempt, pass_over)
+        finite &= fits
+        scale, good = adapt(state.scale, state.good, finite)
+        run = jnp.where(finite, 0, state.skipped_run + 1)
+        total = state.skipped_total + (~finite).astype(jnp.int32)
+        return updates, LossScaleState(scale, good, total, run, run >= longest, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -395,6 +417,34 @@ def loss_scale(opt_state: Any) -> Float[Array, ""]:
     return loss_scale_state(opt_state).scale
 
 
+def scale_cotangent(x: Any, factor: float) -> Any:
+    """`x` as it is; what flows back through it is multiplied by `factor`.
+
+    A scale for one layer, where no S suits all of them: at the layer's output with a factor, at its
+    input with the inverse. The gradients of its parameters come `factor` times as large; see
+    `leaf_factors` of `static_loss_scale`.
+
+    Args:
+      x: A pytree of floating-point arrays.
+      factor: Powers of two do not round.
+
+    Returns:
+      `x`.
+
+    Raises:
+      ValueError: `factor` is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = lambda w, x: scale_cotangent(w * scale_cotangent(x, 1 / 8), 8.0)
+      >>> print(*jax.grad(layer, argnums=(0, 1))(jnp.asarray(3.0), jnp.asarray(2.0)))
+      16.0 3.0
+    """
+    check_real("factor", factor, above=0.0)
+    back = lambda cotangent: jax.tree.map(lambda c: c * jnp.asarray(factor, c.dtype), cotangent)
+    return jax.custom_gradient(lambda x: (x, back))(x)
+
+
 def scaled_value_and_grad(
     loss_fn: Callable[..., Any], *, policy: Policy | None = None, has_aux: bool = False
 ) -> Callable[..., Any]:
@@ -434,7 +484,7 @@ def scaled_value_and_grad(
 
     def scaled(params: Any, scale: Array, args: tuple[Any, ...]) -> Any:
         if policy is not None:
-            params, args = policy.cast_to_compute(params), policy.cast_to_compute(args)
+            params, args = policy.cast_to_compute(params), tuple(map(policy.cast_to_compute, args))
         out = loss_fn(params, *args)
         loss = out[0] if has_aux else out
         if jnp.ndim(loss) != 0:

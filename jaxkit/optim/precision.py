@@ -185,7 +185,9 @@ class Policy:
         """
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = self.cast_to_compute((args, kwargs))
+            # One by one: paths, as `path_overrides` has them, begin inside of an argument.
+            args = tuple(map(self.cast_to_compute, args))
+            kwargs = {name: self.cast_to_compute(value) for name, value in kwargs.items()}
             return self.cast_to_output(function(*args, **kwargs))
 
         return wrapped
@@ -276,7 +278,8 @@ def masked_softmax(
 
     Args:
       x: Scores.
-      mask: True where a score counts; broadcast against `x`, which has as many axes.
+      mask: True where a score counts, unless it is -inf; broadcast against `x`, which has as many
+        axes.
       axis: Over which the probabilities sum to 1.
       fully_masked: What a row without a score is: `zeros` or `uniform`. Its gradient is zero.
 
@@ -305,7 +308,8 @@ def masked_softmax(
         raise ValueError(
             f"mask must have the {x.ndim} axes of x, of its sizes {x.shape} or 1; got {mask.shape}."
         )
-    mask = jnp.broadcast_to(mask, x.shape)
+    # Two additive masks may have met before this one.
+    mask = mask & (x != -jnp.inf)
     some = jnp.any(mask, axis=axis, keepdims=True)
     # A row without scores counts as one of zeros, so that neither it nor its gradient is NaN.
     scores = jnp.where(mask, x.astype(wide(x.dtype)), -jnp.inf)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkit.optim.loss_scaling import scaled_value_and_grad
 from jaxkit.optim.precision import (
     PRESETS,
     Policy,
@@ -31,6 +32,30 @@ def test_constants_of_float16():
     assert half(-1e9) == -np.inf
     assert half(1e-4) > 0
     assert half(half(1e-4) ** 2) == 0.0
+    assert float(jnp.finfo(jnp.float16).eps) == 2.0**-10
+    assert float(jnp.finfo(jnp.bfloat16).eps) == 2.0**-7
+    assert half(-65504.0 - 15) == -65504.0
+    assert half(-65504.0 - 16) == -np.inf
+    assert half(-1e12) == half(-65504.0 * 2) == -np.inf
+    assert half(255.9**2) < np.inf
+    assert half(256.0**2) == np.inf
+    # Float32 code in float16: a constant row has no norm, and hides what it should show.
+    with np.errstate(all="ignore"):
+        for eps, normed in ((1e-12, np.nan), (1e-4, 0.0)):
+            centred, eps = np.zeros(3, np.float16), np.float16(eps)
+            np.testing.assert_array_equal(centred / np.sqrt(np.mean(centred**2) + eps), normed)
+        scores, mask = np.ones(2, np.float16), np.asarray([1, 0], np.float16)
+        np.testing.assert_array_equal(scores - (1 - mask) * np.float16(1e12), [np.nan, -np.inf])
+
+
+def test_safe_constants_where_the_usual_ones_fail():
+    """Card: 1 / (n + ε), log(p + ε) and the slope of √(v + ε) at zero."""
+    eps = jnp.asarray(safe_eps(jnp.float16, 1e-12), jnp.float16)
+    zero = jnp.zeros((), jnp.float16)
+    assert float(1 / (zero + eps)) < 65504
+    for function in (jnp.log, jnp.sqrt):
+        value, slope = jax.value_and_grad(lambda x, f=function: f(x + eps))(zero)
+        assert np.isfinite([float(value), float(slope)]).all()
 
 
 def test_safe_eps_and_mask_value_survive_their_type():
@@ -61,12 +86,17 @@ def test_policy_casts_floating_arrays_alone():
         "key": jax.random.key(0),
         "none": None,
         "shape": jax.ShapeDtypeStruct((3,), jnp.float32),
+        "scalar": np.float32(0.5),
+        "float0": np.zeros(2, jax.dtypes.float0),
         "number": 0.5,
     }
     cast = policy.cast_to_compute(tree)
-    assert cast["w"].dtype == cast["n"].dtype == cast["shape"].dtype == jnp.float16
-    for name in ("i", "b", "c", "key", "none", "number"):
+    for name in ("w", "n", "shape", "scalar"):
+        assert cast[name].dtype == jnp.float16
+    for name in ("i", "b", "c", "key", "none", "float0", "number"):
         assert cast[name] is tree[name]
+    assert policy.cast_to_compute({}) == {}
+    assert policy.cast_to_compute(None) is None
     assert policy.cast_to_param(cast)["w"].dtype == jnp.float32
     assert policy.cast_to_output(cast)["w"].dtype == jnp.bfloat16
     assert policy.cast_to_accum(cast)["w"].dtype == jnp.float32
@@ -89,6 +119,34 @@ def test_policy_defaults_presets_and_overrides():
     for cast in (policy.cast_to_param, policy.cast_to_compute):
         out = cast(tree)["norm"]
         assert (out["scale"].dtype, out["bias"].dtype) == (jnp.float32, jnp.bfloat16)
+
+
+def test_a_path_begins_inside_of_an_argument():
+    policy = Policy(compute_dtype=jnp.float16, path_overrides={"^norm$": jnp.float32})
+    tree = {"norm": jnp.ones(1, jnp.float32), "prenorm": jnp.ones(1, jnp.float32)}
+    dtypes = policy.wrap(
+        lambda *args, **kwargs: jax.tree.map(lambda x: str(x.dtype), (args, kwargs))
+    )
+    seen = {"norm": "float32", "prenorm": "float16"}
+    assert dtypes(tree, tree, third=tree) == ((seen, seen), {"third": seen})
+
+    def loss(params, batch):
+        assert [x["norm"].dtype for x in (params, batch)] == [jnp.float32] * 2
+        assert [x["prenorm"].dtype for x in (params, batch)] == [jnp.float16] * 2
+        return jnp.sum(params["norm"])
+
+    scaled_value_and_grad(loss, policy=policy)(1.0, tree, tree)
+
+
+def test_casts_keep_a_sharding_and_work_under_jit_and_vmap():
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.device_put(np.arange(8, dtype=np.float32), layout)
+    policy = Policy.parse("bfloat16-mixed")
+    for cast in (policy.cast_to_compute, jax.jit(policy.cast_to_compute)):
+        assert cast({"w": x})["w"].sharding.is_equivalent_to(layout, 1)
+    assert jax.vmap(policy.cast_to_compute)(x).dtype == jnp.bfloat16
+    assert policy.cast_to_compute({"w": x})["w"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -151,6 +209,13 @@ def test_masked_softmax_options_and_errors():
     uniform = masked_softmax(x, none, fully_masked="uniform")
     np.testing.assert_array_equal(np.asarray(uniform, np.float32), 0.25)
     np.testing.assert_array_equal(masked_softmax(x, ~none), 0.25)
+    # A score of -inf is no score, be it all that the mask keeps.
+    hidden = jnp.asarray([[-jnp.inf, -jnp.inf, 1, 1], [-jnp.inf, 1, 1, -jnp.inf]], jnp.float16)
+    keep = jnp.asarray([[True, True, False, False], [True, True, True, True]])
+    np.testing.assert_array_equal(masked_softmax(hidden, keep), [[0] * 4, [0, 0.5, 0.5, 0]])
+    slope = jax.grad(lambda x: masked_softmax(x, keep)[:, 1].sum())(hidden)
+    np.testing.assert_array_equal(slope, [[0] * 4, [0, 0.25, -0.25, 0]])
+    assert np.isnan(masked_softmax(hidden.at[0, 1].set(jnp.nan), keep)[0, 1])
     columns = masked_softmax(x, jnp.asarray([[True], [False]]), axis=0)
     np.testing.assert_array_equal(columns, [[1] * 4, [0] * 4])
     with pytest.raises(TypeError, match="mask must be boolean"):
