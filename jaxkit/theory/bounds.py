@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxkit._checks import check_choice, check_int, check_real, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, ArrayLike, Float
 
 __all__ = ["FORMS", "bound", "closed_form"]
@@ -146,6 +147,7 @@ def _step_sizes(schedule: Any, T: int) -> Array:
         raise ValueError(f"schedule must have {T} steps; got shape {eta.shape}.")
     if not jnp.issubdtype(eta.dtype, jnp.floating):
         eta = eta.astype(jnp.result_type(float))
+    eta = eta.astype(wide(eta.dtype))
     if not is_traced(eta):
         if not bool(jnp.all(jnp.isfinite(eta))):
             raise ValueError(

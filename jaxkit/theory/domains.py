@@ -320,7 +320,6 @@ def intersection(*domains: Domain, iterations: int = 100) -> Domain:
     if len(domains) < 2:
         raise ValueError(f"domains must be at least two; got {len(domains)}.")
     add = lambda a, b: jax.tree.map(jnp.add, a, b)
-    subtract = lambda a, b: jax.tree.map(jnp.subtract, a, b)
 
     def project(x: Any) -> Any:
         def rounds(_: Any, carry: Any) -> Any:
@@ -332,9 +331,9 @@ def intersection(*domains: Domain, iterations: int = 100) -> Domain:
                 kept.append(subtract(moved, point))
             return point, kept
 
-        wide = jax.tree.map(_widen, x)
-        start = [jax.tree.map(jnp.zeros_like, wide) for _ in domains]
-        point, _ = jax.lax.fori_loop(0, iterations, rounds, (wide, start))
+        start = jax.tree.map(_widen, x)
+        corrections = [jax.tree.map(jnp.zeros_like, start) for _ in domains]
+        point, _ = jax.lax.fori_loop(0, iterations, rounds, (start, corrections))
         return jax.tree.map(lambda a, b: b.astype(a.dtype), x, point)
 
     name = "intersection of " + ", ".join(domain.name for domain in domains)
@@ -384,9 +383,9 @@ def projected(
 def subtract(a: Any, b: Any) -> Any:
     """The tree a - b, in float32 at least."""
 
-    def leaf(x: Array, y: Any) -> Array:
-        wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-        return x.astype(wide) - jnp.asarray(y).astype(wide)
+    def leaf(x: Any, y: Any) -> Array:
+        x = _widen(x)
+        return x - jnp.asarray(y).astype(x.dtype)
 
     return jax.tree.map(leaf, a, b)
 

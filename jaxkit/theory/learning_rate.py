@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkit._checks import check_choice, check_int, check_real, is_traced
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, ArrayLike, Float, Key
 
 __all__ = [
@@ -179,6 +180,7 @@ def adam_rule(
     """
     for name, value in (("B", B), ("B0", B0), ("lr0", lr0)):
         check_real(name, value, above=0)
+    check_real("eps", eps, least=0)
     ratio = B / B0
     betas = {}
     for name, b in (("b1", b1), ("b2", b2)):
@@ -406,9 +408,11 @@ def sgd_law_matrix_free(
     gradient = jax.grad(lambda p: jnp.mean(jax.vmap(lambda x: loss(p, x))(examples)))
     g, hessian = jax.linearize(gradient, params)
 
+    dtype = wide(*(leaf.dtype for leaf in jax.tree.leaves(g)))
+
     def dot(a: Any, b: Any) -> Array:
-        products = jax.tree.leaves(jax.tree.map(jnp.vdot, a, b))
-        return sum(products, jnp.zeros((), products[0].dtype))
+        product = lambda x, y: jnp.vdot(x.astype(dtype), y.astype(dtype))
+        return sum(jax.tree.leaves(jax.tree.map(product, a, b)), jnp.zeros((), dtype))
 
     def curvature(example: Any) -> Array:
         v = jax.tree.map(jnp.subtract, jax.grad(loss)(params, example), g)
@@ -457,13 +461,17 @@ class SignLaw(NamedTuple):
 
     @property
     def half(self) -> Array:
-        """B_2 = c β_n²/(1 + β_n²) = c D/(D + O), at which ΔL is half of ΔL_max."""
-        return self.c * self.D / (self.D + self.O)
+        """B_2 = c β_n²/(1 + β_n²) = c D/(D + O), at which ΔL is half of ΔL_max.
+
+        Infinite for D + O ≤ 0.
+        """
+        total = self.D + self.O
+        return jnp.where(total > 0, self.c * self.D / _not_zero(total), jnp.inf)
 
     @property
     def decrease_max(self) -> Array:
-        """ΔL_max = A²/(2 (D + O))."""
-        return self.A**2 / (2 * (self.D + self.O))
+        """ΔL_max = A²/(2 (D + O)); infinite for D + O ≤ 0."""
+        return self.decrease(jnp.inf)
 
     @property
     def _surges(self) -> Array:
@@ -655,9 +663,9 @@ def _best_step(slope: Array, curvature: Array) -> BestStep:
 
 
 def _over_norm(x: Array, y: Array) -> Array:
-    """x/√(x² + y²), and the sign of x for y = 0."""
-    square = x**2 + y**2
-    return jnp.where(square > 0, x / jnp.sqrt(_not_zero(square)), 0)
+    """x/√(x² + y²), and the sign of x for y = 0; no square over- or underflows."""
+    length = jnp.hypot(x, y)
+    return jnp.where(length > 0, x / _not_zero(length), 0)
 
 
 def _not_zero(x: Array) -> Array:
@@ -686,11 +694,11 @@ def _check_quadratic(g: Any, H: Any, Sigma: Any) -> tuple[Array, Array, Any]:
         eps = float(jnp.finfo(H.dtype).eps) if jnp.issubdtype(H.dtype, jnp.floating) else 0.0
         if not np.allclose(values, values.T, rtol=0, atol=16 * eps * np.abs(values).max(initial=0)):
             raise ValueError(f"H must be symmetric; it differs from its transpose: got {H}.")
-    wide = jnp.float64 if jnp.float64 in (g.dtype, H.dtype) else jnp.float32
+    dtype = wide(g.dtype, H.dtype)
     if Sigma is not None:
-        Sigma = jnp.asarray(Sigma).astype(wide)
+        Sigma = jnp.asarray(Sigma).astype(dtype)
         if Sigma.shape not in (g.shape, H.shape):
             raise ValueError(
                 f"Sigma must have shape {H.shape}, or {g.shape} for a diagonal; got {Sigma.shape}."
             )
-    return g.astype(wide), H.astype(wide), Sigma
+    return g.astype(dtype), H.astype(dtype), Sigma

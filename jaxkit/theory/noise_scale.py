@@ -343,7 +343,9 @@ def track_noise_scale(
       being those of the big batch. With groups `sq_norm_small` is a dictionary, such as
       `squared_norm(grads, labels)`.
 
-    An estimate that is not finite (a loss that overflowed) is left out of the averages.
+    A single microbatch raises: two consecutive steps are no substitute, for their gradients are
+    taken at different parameters. An estimate that is not finite (a loss that overflowed) is left
+    out of the averages.
 
     Args:
       decay: Of both averages, in [0, 1).
@@ -408,7 +410,8 @@ def track_noise_scale(
             raise ValueError(f"the estimates must have the groups {expected}; got {got}.")
         finite = [jnp.isfinite(x) for x in jax.tree.leaves(stats)]
         good = jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
-        average = lambda old, new: jnp.where(good, decay * old + (1 - decay) * new, old)
+        keep = jnp.asarray(decay).astype(jnp.float32)  # `inject_hyperparams` may widen it
+        average = lambda old, new: jnp.where(good, keep * old + (1 - keep) * new, old)
         return updates, NoiseScaleState(
             jax.tree.map(average, state.g2, stats.g2),
             jax.tree.map(average, state.S, stats.S),

@@ -70,6 +70,10 @@ class RegretState(NamedTuple):
     """η_t <= η_{t-1} all along, and η_t > 0 before T."""
     inside: Bool[Array, ""]
     """θ_t in Θ all along."""
+    diameter: Float[Array, ""]
+    """Of Θ."""
+    exact: Bool[Array, ""]
+    """Whether the projection onto Θ is."""
     finite: Bool[Array, ""]
     plain_sgd: Bool[Array, ""]
     """Every step of which `next_params` was given was Π(θ_t - η_t g_t), up to rounding."""
@@ -137,6 +141,8 @@ class RegretTracker:
             slack_min=jnp.full((), jnp.inf if known else jnp.nan, dtype),
             monotone=flag(),
             inside=flag(),
+            diameter=jnp.full((), self.domain.diameter, dtype),
+            exact=jnp.full((), self.domain.exact),
             finite=flag(),
             plain_sgd=flag(),
             steps_seen=count(),
@@ -220,6 +226,8 @@ class RegretTracker:
             slack_min=jnp.minimum(state.slack_min, slack),
             monotone=state.monotone & (eta <= state.eta_last) & (state.eta_last > 0) & (eta >= 0),
             inside=state.inside & self.domain.contains(params),
+            diameter=state.diameter,
+            exact=state.exact,
             finite=state.finite & jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(eta),
             plain_sgd=plain_sgd,
             steps_seen=seen,
@@ -304,7 +312,7 @@ def certify(
 
     Args:
       state: Of a `RegretTracker`.
-      domain: Θ.
+      domain: Θ, the tracker's.
       G: Bound of ||g_t||; by default the largest seen, which makes the certificate "a posteriori".
       theta_star: θ*, to check that it is in `domain` (a tracker has checked its own).
       D: Bound of ||θ_t - θ*||; by default the diameter of `domain`, or the largest distance seen if
@@ -319,7 +327,8 @@ def certify(
       gap exceeds a bound.
 
     Raises:
-      ValueError: No steps, D or G not positive, `theta_star` outside `domain`, `convex` unknown.
+      ValueError: No steps, D or G not positive, another `domain` than the tracker's, `theta_star`
+        outside it, `convex` unknown.
 
     Example: see `RegretTracker`.
     """
@@ -327,6 +336,12 @@ def certify(
         raise ValueError("state must have seen at least one step; got 0.")
     if convex not in (None, True, False):
         check_choice("convex", convex, ("declared", "checked by sampled inequality"))
+    tracked, given = np.asarray(state.diameter), np.float64(domain.diameter)
+    if tracked != given.astype(tracked.dtype) or bool(state.exact) != domain.exact:
+        raise ValueError(
+            f"domain must be the tracker's, of diameter {tracked:g}; got the {domain.name}, of"
+            f" diameter {given:g}."
+        )
     if theta_star is not None:
         _check_inside("theta_star", theta_star, domain)
     sums = np.asarray(state.sums, np.float64) + np.asarray(state.carry, np.float64)
@@ -442,6 +457,6 @@ def _ratio(x: float, y: float) -> float:
 
 
 def _check_inside(name: str, point: Any, domain: Domain) -> None:
-    inside = domain.contains(point)
+    inside = domain.contains(jax.tree.map(jnp.asarray, point))
     if not is_traced(inside) and not bool(inside):
         raise ValueError(f"{name} must be in the {domain.name}; it is not.")

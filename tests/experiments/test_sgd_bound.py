@@ -11,7 +11,7 @@ from jaxkit_experiments.experiment import Results
 from jaxkit_experiments.optim import sgd_bound
 from jaxkit_experiments.optim.sgd_bound import CARD, Examples, SGDBound, SGDBoundConfig
 
-from jaxkit.theory import bound, norm
+from jaxkit.theory import ball, bound, norm
 from tests.experiments.smoke import smoke_run
 
 CPU = SGDBound.presets["cpu"]
@@ -52,6 +52,33 @@ def test_schedules_are_those_of_least_bound():
         other = float(bound(jnp.asarray(1.1 * eta), 300, 20.0, math.sqrt(2)))
         assert other > value
     assert sgd_bound.schedule(CPU, "linear-decay", 9)[-1] > 0
+
+
+@pytest.mark.x32
+def test_runs_are_those_of_a_plain_loop():
+    """Whatever the length of the run with which they share a compilation."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((9, 4)), rng.integers(0, 3, 9)
+    data = Examples(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32))
+    start, best = {"w": jnp.zeros((4, 3))}, {"w": jnp.asarray(x[:4, :3] / 9, jnp.float32)}
+    task = sgd_bound.Task(data, sgd_bound.logistic, ball(0.5), start, best, 0.0, 0.0)
+    eta = np.array([2.0, 1.0, 0.5])
+    run = sgd_bound.follow(task, eta, batch_size=5, seeds=(7,), longest=6)
+
+    theta, excess, key = start, [], jax.random.key(7)
+    value = jax.jit(jax.value_and_grad(sgd_bound.logistic))
+    for t, rate in enumerate(eta.tolist()):
+        rows = jax.random.randint(jax.random.fold_in(key, t), (5,), 0, 9)
+        batch = Examples(data.x[rows], data.y[rows])
+        loss, grads = value(theta, batch)
+        excess.append(float(loss) - float(value(best, batch)[0]))
+        last, theta = theta, task.domain.project({"w": theta["w"] - rate * grads["w"]})
+    np.testing.assert_allclose(run.excess[0], np.cumsum(excess), rtol=1e-5, atol=1e-6)
+    assert float(run.last[0]) == pytest.approx(float(value(last, data)[0]), rel=1e-6)
+    assert (int(run.regret.steps[0]), float(run.regret.eta_last[0])) == (3, 0.5)
+    assert run.regret.plain_sgd.all()
+    away = norm({"w": theta["w"] - best["w"]})
+    assert float(run.regret.distance_next[0]) == pytest.approx(float(away), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -83,11 +83,30 @@ def test_matrix_free_law_is_that_of_the_matrices():
         np.testing.assert_allclose(law, expected, rtol=1e-11)
 
 
+@pytest.mark.x32
+def test_matrix_free_law_of_narrow_and_mixed_parameters():
+    """As for the same parameters in float32: no sum is left to bfloat16."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((200, 3)), jnp.float32)
+    params = {"w": jnp.array([0.5, -1.0], jnp.bfloat16), "b": jnp.array(0.25, jnp.float32)}
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    mix = lambda p, x: jnp.sum(x[:2] * p["w"].astype(jnp.float32)) + x[2] * p["b"]
+    loss = lambda p, x: (jnp.tanh(mix(p, x)) - x[0]) ** 2
+    law, expected = (
+        jax.jit(lambda p: lr.sgd_law_matrix_free(loss, p, x))(p) for p in (params, wide)
+    )
+    assert law.noise_scale.dtype == jnp.float32
+    np.testing.assert_allclose(law, expected, rtol=0.02)  # gradients in bfloat16
+
+
 def test_no_best_rate_without_curvature():
     flat = lr.optimal_lr_quadratic(G, -H, SIGMA, jnp.array([1.0, 8.0]))
     assert np.isposinf(flat.lr).all()
     assert np.isposinf(flat.decrease).all()
     assert np.isposinf(lr.optimal_lr_quadratic(G, -H, SIGMA, 4, "sign").lr)
+    falling = lr.sign_law(jnp.ones(3), jnp.eye(3) - (1 - jnp.eye(3)), kappa2=10.0)  # D + O = -3
+    assert np.isposinf([falling.half, falling.decrease_max, falling.lr(jnp.inf)]).all()
+    assert np.isfinite(falling.lr(1.0))
 
 
 # --- sign ---------------------------------------------------------------------------------------
@@ -123,6 +142,15 @@ def test_identities_of_the_surge():
     )
     small = SURGE.A / SURGE.D * np.sqrt(2e-6 / (np.pi * 40.0))
     assert float(SURGE.lr(1e-6)) == pytest.approx(float(small), rel=1e-6)
+
+
+def test_components_without_gradient_move_all_the_same():
+    """Their sign is ±1 at random: they count in tr H, and in no product of two signs."""
+    g = SURGE_G.at[1].set(0.0)
+    law, B = lr.sign_law(g, SURGE_H, kappa2=40.0), jnp.array([1.0, 30.0])
+    direct = lr.optimal_lr_quadratic(g, SURGE_H, 40.0 * g**2, B, "sign", law="algebraic")
+    np.testing.assert_allclose(law.lr(B), direct.lr, rtol=1e-12)
+    np.testing.assert_allclose([law.D, law.O], [4.0, 6 * 0.8], rtol=EPS)
 
 
 def test_mean_field_constants():
@@ -180,6 +208,14 @@ def test_signs_without_noise_or_gradient():
         np.testing.assert_array_equal(lr.mean_sign(g, sigma, 4, law=law), [1, -1, 0, 0])
         slope = jax.grad(lambda g, law=law: jnp.sum(lr.mean_sign(g, sigma, 4, law=law)))(g)
         assert np.isfinite(slope).all()
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_signs_of_tiny_and_huge_gradients_in_float32(size):
+    g, sigma = jnp.float32(size) * jnp.array([[3.0, -3.0], [4.0, 0.0]])
+    for law, expected in (("algebraic", 3 / np.sqrt(9 + 8 * np.pi)), ("mean_field", 0.6)):
+        np.testing.assert_allclose(lr.mean_sign(g, sigma, 1, law=law), [expected, -1], rtol=1e-6)
 
 
 def test_erf_saturates_for_huge_batches():
@@ -271,6 +307,8 @@ def test_adam_rule():
     optax.adam(**settings)
     with pytest.raises(ValueError, match=r"b1 must be at least 1 - B0/B = 0.9375; got 0.9"):
         lr.adam_rule(256, 16, 1e-3)
+    with pytest.raises(ValueError, match="eps must be at least 0"):
+        lr.adam_rule(64, 256, 1e-3, eps=-1.0)
 
 
 # --- steps and data -----------------------------------------------------------------------------

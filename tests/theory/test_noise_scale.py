@@ -204,6 +204,28 @@ def test_devices_in_a_training_step():
     assert reduced == str(jax.make_jaxpr(plain)(w, x)).count("psum") + 1
 
 
+def test_accumulation_takes_no_further_gradient():
+    """A step that accumulates microbatches costs as many products with the estimate as without."""
+    w, x = jnp.asarray([0.5, -1.0, 2.0]), jnp.asarray(np.random.default_rng(0).random((4, 8, 3)))
+
+    def step(w, x, estimate):
+        def body(moments, batch):
+            grads = jax.grad(loss)(w, batch)
+            if estimate:
+                return ns.add_microbatch(moments, grads), None
+            return moments._replace(mean=moments.mean + grads / 4), None
+
+        moments, _ = jax.lax.scan(body, ns.init_moments(w), x)
+        return moments.mean, ns.moments_stats(moments, 8) if estimate else None
+
+    (grads, stats), (plain, _) = (jax.jit(step, static_argnums=2)(w, x, e) for e in (True, False))
+    np.testing.assert_allclose(grads, plain, rtol=1e-12)
+    each = jax.vmap(jax.grad(loss), (None, 0))(w, x)
+    close(stats, by_numpy([each], 8), 1e-11)
+    count = lambda e: str(jax.make_jaxpr(step, static_argnums=2)(w, x, e)).count("dot_general")
+    assert count(True) == count(False) > 0
+
+
 def test_microbatches_on_every_device():
     grads = tree_of(24)
 
@@ -296,6 +318,16 @@ def test_tracker_leaves_out_what_is_not_finite(bad):
     assert [float(x) for x in after] == [float(x) for x in before]
 
 
+def test_decay_may_be_injected():
+    tracker = optax.inject_hyperparams(ns.track_noise_scale, static_args="per_group")(decay=0.75)
+    grads = tree_of(4)
+    state = tracker.init(mean_of(grads))
+    _, state = tracker.update(mean_of(grads), state, micro_grads=grads, b_small=2)
+    inner = state.inner_state
+    assert inner.g2.dtype == inner.S.dtype == jnp.float32
+    np.testing.assert_allclose([inner.g2, inner.S], 0.25 * np.array(by_numpy(grads, 2)), rtol=1e-6)
+
+
 STATS = ns.NoiseStats(jnp.float32(1.0), jnp.float32(2.0))
 
 
@@ -332,6 +364,8 @@ def test_tracker_on_trees_with_nothing_in_them():
 
 # --- errors -------------------------------------------------------------------------------------
 
+ONE = jnp.ones((1, 2))  # a single microbatch
+
 
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -345,6 +379,14 @@ def test_tracker_on_trees_with_nothing_in_them():
         (lambda: ns.moments_stats(ns.init_moments(jnp.ones(2)), 0), "b must be greater than 0"),
         (lambda: ns.track_noise_scale(1.0), r"decay must be in \[0, 1\)"),
         (lambda: run(ns.track_noise_scale(), jnp.ones((2, 2))), "update must be given noise_stats"),
+        (
+            lambda: run(ns.track_noise_scale(), ONE, micro_grads=ONE, b_small=4),
+            "at least 2: one alone shows no noise",
+        ),
+        (
+            lambda: run(ns.track_noise_scale(), ONE, sq_norm_small=1.0, b_small=4, b_big=4),
+            "b_big must be greater than b_small = 4",
+        ),
         (
             lambda: run(
                 ns.track_noise_scale(per_group="all"),

@@ -128,6 +128,15 @@ def test_schedules_can_be_optimised():
         assert slope.any()
 
 
+@pytest.mark.parametrize("form", ["average", "expected", "weighted", "last", "last_refined"])
+def test_narrow_schedules_are_summed_in_float32(form):
+    eta = inverse_sqrt(0.5, 300).astype(jnp.bfloat16)
+    value = bound(eta, 300, 2.0, 3.0, form)
+    assert value.dtype == jnp.float32
+    wide = bound(eta.astype(jnp.float64), 300, 2.0, 3.0, form)
+    assert float(value) == pytest.approx(float(wide), rel=1e-6)
+
+
 @pytest.mark.x32
 def test_a_million_terms_in_float32():
     T = 1_000_000
@@ -307,18 +316,21 @@ def test_random_convex_problems():
 DOMAIN = box(jnp.array(-1.0), jnp.array(1.0))
 
 
+WHOLE = unbounded()
+
+
 @functools.cache
-def twenty_steps(comparator, track_next):
+def twenty_steps(domain, comparator, track_next):
     best = None if comparator is None else jnp.array(comparator)
     eta, data = jnp.full(20, 0.1), alternating(T=20)
-    state, _ = run(distance_loss, DOMAIN, jnp.array(0.7), data, eta, best, track_next=track_next)
+    state, _ = run(distance_loss, domain, jnp.array(0.7), data, eta, best, track_next=track_next)
     return state
 
 
-def short(comparator=0.0, track_next=True, **changes):
+def short(comparator=0.0, track_next=True, domain=DOMAIN, **changes):
     """A good run of 20 steps, its state then changed."""
     changes = {name: jnp.asarray(value) for name, value in changes.items()}
-    return twenty_steps(comparator, track_next)._replace(**changes)
+    return twenty_steps(domain, comparator, track_next)._replace(**changes)
 
 
 def reasons(state, domain=DOMAIN, **options):
@@ -348,10 +360,10 @@ def test_each_violation_is_named():
     assert reasons(short(slack_min=-0.1)) == ("convexity",)
     assert reasons(short(plain_sgd=False), plain_sgd=True) == ("plain SGD",)
     inexact = intersection(ball(1.0), ball(2.0))
-    assert reasons(short(), inexact) == ("exact projection",)
-    assert reasons(short(comparator=None), unbounded()) == ("bounded D",)
+    assert reasons(short(domain=inexact), inexact) == ("exact projection",)
+    assert reasons(short(comparator=None, domain=WHOLE), WHOLE) == ("bounded D",)
     # With θ* the distances that were seen stand in for a diameter.
-    certificate = certify(short(), unbounded(), G=1.0, convex="declared")
+    certificate = certify(short(domain=WHOLE), WHOLE, G=1.0, convex="declared")
     assert (certificate.status, certificate.kind) == ("certified", "a posteriori")
     assert pytest.approx(0.8) == certificate.D
 
@@ -485,8 +497,8 @@ def test_last_iterate_identity():
     assert at[T] == pytest.approx(q.mean() + rest, abs=1e-12)
 
 
-def test_last_iterate_bounds_hold_on_average():
-    """Linear decay on |θ - x|, x = ±1 P(1) = 0.7: the mean last loss is below the bound."""
+def test_bounds_in_expectation_hold_on_average():
+    """Linear decay on |θ - x|, x = ±1, P(1) = 0.7, Θ unbounded, θ_1 = 0, θ* = 1."""
     T, runs = 64, 400
     alpha, closed = closed_form("linear_decay", T, 1.0, 1.0)
     eta = alpha * (1 - jnp.arange(1, T + 1) / (T + 1))
@@ -496,12 +508,17 @@ def test_last_iterate_bounds_hold_on_average():
         x, rate = now
         return theta - rate * jnp.sign(theta - x), theta
 
-    # q_T is taken before step T.
+    # θ_T is taken before step T.
     _, path = jax.lax.scan(step, jnp.zeros(runs), (x, eta))
-    expected_loss = lambda theta: 0.7 * np.abs(theta - 1) + 0.3 * np.abs(theta + 1)
-    gap = expected_loss(np.asarray(path[-1])).mean() - expected_loss(1.0)
-    assert gap <= float(bound(eta, T, 1.0, 1.0, "last_refined")) <= closed
-    assert gap <= float(bound(eta, T, 1.0, 1.0, "last"))
+    path, weights = np.asarray(path), np.asarray(eta / jnp.sum(eta))
+    loss = lambda theta: 0.7 * np.abs(theta - 1) + 0.3 * np.abs(theta + 1)
+    gap = lambda theta: loss(theta).mean(-1) - loss(1.0)
+    limit = lambda form: float(bound(eta, T, 1.0, 1.0, form))
+    assert gap(path[-1]) <= limit("last_refined") <= closed
+    assert gap(path[-1]) <= limit("last")
+    # By Jensen's inequality a mean iterate is no worse than the mean loss.
+    assert gap(path.mean(0)) <= gap(path).mean() <= limit("expected")
+    assert gap(weights @ path) <= weights @ gap(path) <= limit("weighted")
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -530,6 +547,10 @@ def test_last_iterate_bounds_hold_on_average():
             "theta_star must be in the b",
         ),
         (lambda: certify(RegretTracker(DOMAIN).init(), DOMAIN), "at least one step"),
+        # A smaller set would make a smaller D of the same run; an inexact projection stays so.
+        (lambda: certify(short(), ball(0.5)), "domain must be the tracker's, of diameter 2"),
+        (lambda: certify(short(domain=WHOLE), DOMAIN), "domain must be the tracker's, of diam"),
+        (lambda: certify(short(exact=False), DOMAIN), "domain must be the tracker's"),
         (lambda: certify(short(), DOMAIN, G=0.0), "G must be greater than 0"),
         (lambda: certify(short(), DOMAIN, D=-1.0), "D must be greater than 0"),
         (lambda: certify(short(), DOMAIN, convex="surely"), "convex must be one of 'declared'"),

@@ -31,9 +31,7 @@ import optax
 
 from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit.theory import (
-    add_microbatch,
     fit_steps_data,
-    init_moments,
     optimal_lr_quadratic,
     simple_noise_scale,
     squared_norm,
@@ -118,7 +116,7 @@ class BatchSizeConfig:
 # --- the quadratic -----------------------------------------------------------------------------
 
 
-def quadratic(config: BatchSizeConfig, seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def quadratic(config: BatchSizeConfig, seed: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradient, Hessian and variances: all of one sign, so that the correlations add up."""
     g = jnp.exp(0.5 * jax.random.normal(jax.random.key(seed), (config.dim,)))
     H = (1 - config.correlation) * jnp.eye(config.dim) + config.correlation
@@ -127,16 +125,29 @@ def quadratic(config: BatchSizeConfig, seed: int) -> tuple[jax.Array, jax.Array,
 
 def best_of_grid(config: BatchSizeConfig, seed: int, kind: str, B: int) -> tuple[float, float]:
     """The rate with the largest mean decrease over the trials, and that decrease."""
+    slope, curvature = map(float, _mean_decrease(config, kind, seed, float(B)))
+    found = _RATES * slope - _RATES**2 / 2 * curvature
+    return float(_RATES[found.argmax()]), float(found.max())
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _mean_decrease(
+    config: BatchSizeConfig, kind: str, seed: jax.Array, B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A step decreases the loss by η u·g - η² uᵀHu/2: the means of u·g and uᵀHu over the trials."""
     g, H, variance = quadratic(config, seed)
-    key = jax.random.fold_in(jax.random.key(seed), B)
+    key = jax.random.fold_in(jax.random.key(seed), B.astype(jnp.uint32))
     noise = jax.random.normal(key, (config.trials, config.dim)) * jnp.sqrt(variance / B)[None]
     u = g[None] + noise
     u = jnp.sign(u) if kind == "sign" else u
-    # A step decreases the loss by η u·g - η² uᵀHu/2; its mean over the trials, for every η.
-    slope = float(jnp.mean(u @ g))
-    curvature = float(jnp.mean(jnp.sum((u @ H) * u, axis=1)))
-    found = _RATES * slope - _RATES**2 / 2 * curvature
-    return float(_RATES[found.argmax()]), float(found.max())
+    return jnp.mean(u @ g), jnp.mean(jnp.sum((u @ H) * u, axis=1))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _laws(config: BatchSizeConfig, kind: str, seed: jax.Array) -> Any:
+    """The law's best rate and decrease at every batch size."""
+    sizes = jnp.asarray(config.quadratic_sizes, jnp.float32)
+    return optimal_lr_quadratic(*quadratic(config, seed), sizes, kind)
 
 
 # --- the digits --------------------------------------------------------------------------------
@@ -252,19 +263,19 @@ def noise_along(config: BatchSizeConfig, data: Examples) -> dict[int, dict[str, 
         return jax.vmap(one)(carry)
 
     def look(carry: Any, x: jax.Array, y: jax.Array) -> Any:
-        """One seed after the other, one example after the other: no gradient is kept."""
+        """One seed after the other, some examples at a time: no gradient is kept."""
 
         def one(of: Any) -> Any:
             _, params, state = of
-            add = lambda m, row: (
-                add_microbatch(m, jax.grad(loss)(params, row[0][None], row[1][None])),
-                None,
-            )
-            moments, _ = jax.lax.scan(add, init_moments(params), (x, y))
             # Batches are drawn from these examples, so that their mean gradient is g itself.
-            spread = sum(jax.tree.leaves(moments.spread)) / len(y)
-            exact = spread / squared_norm(moments.mean)
-            return loss(params, x, y), exact, simple_noise_scale(state[0])
+            value, g = jax.value_and_grad(loss)(params, x, y)
+
+            def apart(row: Any) -> jax.Array:
+                each = jax.grad(loss)(params, row[0][None], row[1][None])
+                return squared_norm(jax.tree.map(jnp.subtract, each, g))
+
+            spread = jnp.mean(jax.lax.map(apart, (x, y), batch_size=64))
+            return value, spread / squared_norm(g), simple_noise_scale(state[0])
 
         return jax.lax.map(one, carry)
 
@@ -350,13 +361,11 @@ class BatchSize(Experiment):
     def _quadratic(config: BatchSizeConfig, kind: str, ctx: Context) -> dict[str, list[float]]:
         metrics: dict[str, list[float]] = {}
         with ctx.progress(f"quadratic-{kind}", len(config.quadratic_sizes)) as task:
-            for B in config.quadratic_sizes:
-                laws = [
-                    optimal_lr_quadratic(*quadratic(config, seed), B, kind) for seed in config.seeds
-                ]
+            laws = np.array([_laws(config, kind, seed) for seed in config.seeds], np.float64)
+            for at, B in enumerate(config.quadratic_sizes):
                 found = [best_of_grid(config, seed, kind, B) for seed in config.seeds]
                 for i, name in enumerate(("lr", "decrease")):
-                    law = np.array([float(of[i]) for of in laws])
+                    law = laws[:, i, at]
                     values = np.array([of[i] for of in found])
                     metrics[f"{name}[{B}]"] = values.tolist()
                     metrics[f"{name}_law[{B}]"] = law.tolist()

@@ -18,6 +18,7 @@ Sources: post 9902 on kexue.fm; Zinkevich 2003 (ICML); posts 11469, 11480 and 11
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -131,40 +132,59 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class Task(NamedTuple):
-    """A loss over a ball, its start and its minimum."""
+    """A loss over a ball, its start and its minimum, and what is known of them beforehand."""
 
+    data: Examples
     loss: Callable[[Any, Examples], jax.Array]
     domain: Domain
     start: Any
     best: Any
+    least: float
+    """The loss at `best`."""
+    slack: float
+    """Least convexity slack between points of the ball; negative: not convex."""
 
 
-def make_task(config: SGDBoundConfig, arm: str, data: Examples) -> Task:
+def make_task(config: SGDBoundConfig, arm: str, path: Path | None = None) -> Task:
     """The task of an arm, θ* found by accelerated projected gradient on all examples."""
-    domain = ball(config.radius)
+    # All schedules share one task: θ* is solved for once, and their runs share a compilation.
+    layers = (config.hidden, config.mlp_rate) if arm == "mlp" else None
+    return _make_task(config.radius, config.comparator_steps, layers, path)
+
+
+@functools.lru_cache(maxsize=2)
+def _make_task(
+    radius: float, comparator_steps: int, layers: tuple[int, float] | None, path: Path | None
+) -> Task:
+    data, domain = load(path), ball(radius)
     classes = int(data.y.max()) + 1
     width = data.x.shape[1]
     # The cross-entropy's Hessian in the logits is at most 1/2.
     curvature = 0.5 * float(np.linalg.eigvalsh(np.asarray(data.x.T @ data.x)).max()) / len(data.x)
-    if arm == "mlp":
+    if layers is not None:
+        hidden, step = layers
         keys = jax.random.split(jax.random.key(2**32 - 1))
         start = {
-            "in": jax.random.normal(keys[0], (width, config.hidden)) / math.sqrt(width),
-            "out": jax.random.normal(keys[1], (config.hidden, classes)) / math.sqrt(config.hidden),
+            "in": jax.random.normal(keys[0], (width, hidden)) / math.sqrt(width),
+            "out": jax.random.normal(keys[1], (hidden, classes)) / math.sqrt(hidden),
         }
-        start, loss, step = domain.project(start), mlp, config.mlp_rate
+        start, loss = domain.project(start), mlp
     else:
         start, loss, step = {"w": jnp.zeros((width, classes))}, logistic, 1 / curvature
-    solve = jax.jit(
-        lambda start: solve_comparator(
-            lambda params: loss(params, data),
-            start,
-            domain,
-            step_size=step,
-            steps=config.comparator_steps,
+
+    @jax.jit
+    def solve(start: Any, data: Examples) -> Any:
+        of = lambda params: loss(params, data)
+        best = solve_comparator(of, start, domain, step_size=step, steps=comparator_steps)
+        # Convexity is checked where it matters: between points of Θ.
+        direction = lambda key: jax.tree.map(lambda x: 10 * jax.random.normal(key, x.shape), start)
+        points = jax.vmap(lambda key: domain.project(direction(key)))(
+            jax.random.split(jax.random.key(1), 8)
         )
-    )
-    return Task(loss, domain, start, solve(start))
+        return best, of(best), sampled_convexity(of, points)
+
+    best, least, slack = solve(start, data)
+    return Task(data, loss, domain, start, best, float(least), float(slack))
 
 
 def schedule(config: SGDBoundConfig, arm: str, T: int) -> np.ndarray:
@@ -179,44 +199,79 @@ def schedule(config: SGDBoundConfig, arm: str, T: int) -> np.ndarray:
     return np.full(T, config.mlp_rate)
 
 
-def follow(
-    task: Task, data: Examples, eta: np.ndarray, *, batch_size: int, seeds: tuple[int, ...]
-) -> tuple[RegretState, jax.Array, Any]:
-    """Projected SGD for all seeds at once.
+class Run(NamedTuple):
+    """Projected SGD of every seed."""
 
-    Returns:
-      What the tracker saw; the running sums of L_t(θ_t) - L_t(θ*) `[seeds, T]`; θ_T before the last
-      step, as the last-iterate bound has it.
-    """
-    tracker = RegretTracker(task.domain, task.best)
+    regret: RegretState
+    """What the tracker saw."""
+    excess: jax.Array
+    """Running sums of L_t(θ_t) - L_t(θ*), `[seeds, T]`."""
+    last: jax.Array
+    """Loss of all examples at θ_T, before the last step, as the last-iterate bound has it."""
+
+
+def follow(
+    task: Task,
+    eta: np.ndarray,
+    *,
+    batch_size: int,
+    seeds: tuple[int, ...],
+    longest: int | None = None,
+) -> Run:
+    """Projected SGD with steps `eta`; runs of one `longest` share a compilation."""
+    T = len(eta)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    padded = np.pad(eta, (0, max(T, longest or 0) - T)).astype(np.float32)
+    regret, excess, last = _follow(
+        keys, task.start, task.best, task.data, padded, T, task.loss, task.domain, batch_size
+    )
+    return Run(regret, jnp.cumsum(excess[:, :T], axis=1), last)
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "domain", "batch_size"))
+def _follow(
+    keys: jax.Array,
+    start: Any,
+    best: Any,
+    data: Examples,
+    eta: jax.Array,
+    steps: jax.Array,
+    loss: Callable[[Any, Examples], jax.Array],
+    domain: Domain,
+    batch_size: int,
+) -> Any:
+    tracker = RegretTracker(domain, best)
 
     def run(key: jax.Array) -> Any:
-        def step(carry: Any, now: Any) -> Any:
-            theta, _, state = carry
-            t, rate = now
+        def step(t: jax.Array, carry: Any) -> Any:
+            theta, _, state, excess = carry
             rows = jax.random.randint(jax.random.fold_in(key, t), (batch_size,), 0, len(data.y))
             batch = Examples(data.x[rows], data.y[rows])
-            value, grads = jax.value_and_grad(task.loss)(theta, batch)
-            other = task.loss(task.best, batch)
-            new = task.domain.project(jax.tree.map(lambda p, g: p - rate * g, theta, grads))
+            value, grads = jax.value_and_grad(loss)(theta, batch)
+            other = loss(best, batch)
+            new = domain.project(jax.tree.map(lambda p, g: p - eta[t] * g, theta, grads))
             state = tracker.update(
-                state, value, grads, rate, theta, comparator_loss=other, next_params=new
+                state, value, grads, eta[t], theta, comparator_loss=other, next_params=new
             )
-            return (new, theta, state), value - other
+            return new, theta, state, excess.at[t].set(value - other)
 
-        start = (task.start, task.start, tracker.init())
-        (_, last, state), excess = jax.lax.scan(
-            step, start, (jnp.arange(len(eta)), jnp.asarray(eta, jnp.float32))
-        )
-        return state, jnp.cumsum(excess), last
+        carry = (start, start, tracker.init(), jnp.zeros_like(eta))
+        _, last, state, excess = jax.lax.fori_loop(0, steps, step, carry)
+        return state, excess, loss(last, data)
 
-    return jax.jit(jax.vmap(run))(jnp.stack([jax.random.key(seed) for seed in seeds]))
+    return jax.vmap(run)(keys)
 
 
 def running_bound(eta: np.ndarray, D: float, G: float) -> np.ndarray:
     """The bound of the average over the first t steps, for every t."""
     t = np.arange(1, len(eta) + 1)
     return D**2 / (2 * t * eta) + G**2 / (2 * t) * np.cumsum(eta)
+
+
+@jax.jit
+def _last_bound(eta: jax.Array, distance: jax.Array, G: jax.Array) -> jax.Array:
+    """The refined bound of the last iterate, for every G."""
+    return jax.vmap(lambda G: bound(eta, eta.size, distance, G, "last_refined"))(G)
 
 
 class SGDBound(Experiment):
@@ -263,30 +318,26 @@ class SGDBound(Experiment):
     }
 
     def run_arm(self, config: SGDBoundConfig, arm: str, ctx: Context) -> Mapping[str, list[float]]:
-        data = load(ctx.data)
-        task = make_task(config, arm, data)
-        least = float(task.loss(task.best, data))
-        # Convexity is checked where it matters: between points of Θ.
-        keys = jax.random.split(jax.random.key(1), 8)
-        direction = lambda key: jax.tree.map(
-            lambda x: 10 * jax.random.normal(key, x.shape), task.start
-        )
-        points = jax.vmap(lambda key: task.domain.project(direction(key)))(keys)
-        slack = float(sampled_convexity(lambda params: task.loss(params, data), points))
-        convex = "checked by sampled inequality" if slack >= -1e-5 else False
+        task = make_task(config, arm, ctx.data)
+        convex = "checked by sampled inequality" if task.slack >= -1e-5 else False
         G = None if arm == "mlp" else math.sqrt(2)
         distance = float(norm(jax.tree.map(jnp.subtract, task.start, task.best)))
 
-        metrics: dict[str, list[float]] = {"least_loss": [least] * len(config.seeds)}
+        metrics: dict[str, list[float]] = {"least_loss": [task.least] * len(config.seeds)}
         with ctx.progress(arm, len(config.steps)) as progress:
             for T in config.steps:
                 eta = schedule(config, arm, T)
-                states, excess, last = follow(
-                    task, data, eta, batch_size=config.batch_size, seeds=config.seeds
+                run = follow(
+                    task,
+                    eta,
+                    batch_size=config.batch_size,
+                    seeds=config.seeds,
+                    longest=config.steps[-1],
                 )
+                regret = jax.tree.map(np.asarray, run.regret)
                 certificates = [
                     certify(
-                        jax.tree.map(lambda x, i=i: x[i], states),
+                        jax.tree.map(lambda x, i=i: x[i], regret),
                         task.domain,
                         G,
                         task.best,
@@ -294,29 +345,25 @@ class SGDBound(Experiment):
                     )
                     for i in range(len(config.seeds))
                 ]
-                last_loss = jax.vmap(lambda params: task.loss(params, data))(last)
-                last_bound = [
-                    float(bound(jnp.asarray(eta), T, distance, of.G, "last_refined"))
-                    for of in certificates
-                ]
+                last_bound = _last_bound(eta, distance, np.array([of.G for of in certificates]))
                 values = {
                     "gap": [of.gap for of in certificates],
                     "bound": [of.bound for of in certificates],
                     "a_posteriori": [of.bounds["a_posteriori"] for of in certificates],
                     "weighted": [of.weighted_gap for of in certificates],
                     "weighted_bound": [of.bounds["weighted"] for of in certificates],
-                    "last": (np.asarray(last_loss, np.float64) - least).tolist(),
-                    "last_bound": last_bound,
+                    "last": (np.asarray(run.last, np.float64) - task.least).tolist(),
+                    "last_bound": np.asarray(last_bound, np.float64).tolist(),
                     "certified": [float(of.status == "certified") for of in certificates],
                     "refused_convexity": [float("convexity" in of.reasons) for of in certificates],
-                    "max_grad": np.asarray(states.grad_max, np.float64).tolist(),
+                    "max_grad": np.asarray(regret.grad_max, np.float64).tolist(),
                 }
                 metrics |= {f"{name}[{T}]": list(of) for name, of in values.items()}
-                ctx.log(T=T, convexity_slack=slack, certificate=str(certificates[0]), **values)
+                ctx.log(T=T, convexity_slack=task.slack, certificate=str(certificates[0]), **values)
                 progress.advance()
         t = np.arange(1, len(eta) + 1)
         keep = np.unique(np.geomspace(1, len(eta), 400).astype(int)) - 1
-        curve = (np.asarray(excess, np.float64) / t)[:, keep]
+        curve = (np.asarray(run.excess, np.float64) / t)[:, keep]
         limit = running_bound(eta, 2 * config.radius, certificates[0].G)[keep]
         ctx.save_arrays(f"curve-{arm}", t=t[keep], gap=curve, bound=limit)
         return metrics
