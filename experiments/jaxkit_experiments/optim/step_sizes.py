@@ -390,8 +390,10 @@ class StepSizeAdaptation(Experiment):
         columns = {
             "accuracy": per_training(result.metrics["accuracy"]),
             "train_loss": per_training(last["loss"]),
-            "recovery": per_training(recovery(result.history, config.shift_at, config.steps)),
         }
+        if config.shift_rates:
+            recovered = recovery(result.history, config.shift_at, config.steps)
+            columns["recovery"] = per_training(recovered)
         metrics = {
             f"{name}[{rate:g}]": columns[name][row].tolist()
             for row, (rate, shifted) in enumerate(config.trainings)
