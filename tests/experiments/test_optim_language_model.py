@@ -88,6 +88,31 @@ def test_first_steps_are_each_optimizers_own():
 
 @pytest.mark.x32
 @pytest.mark.parametrize("arm", olm.ARMS)
+def test_second_step_has_the_betas_of_language_models(arm):
+    theta = np.array([[0.5, -0.25], [0.125, 1.0]])
+    first = np.array([[1.0, -2.0], [3.0, 4.0]])
+    # A sign turns where the second gradient outweighs what is left of the first.
+    second = -first * np.array([[0.375, 0.385], [0.96, 0.97]])
+    m, v = 0.1 * (0.9 * first + second), 0.01 * (0.99 * first**2 + second**2)
+    adam = (m / (1 - 0.9**2)) / np.sqrt(v / (1 - 0.99**2))
+    norm = np.linalg.norm
+    wanted = {
+        "tiger": norm(theta) / 2 * np.sign(0.965 * first + second),
+        "lion": np.sign(0.95 * 0.02 * first + 0.05 * second),
+        "adamw": adam,
+        "lamb": norm(theta) / norm(adam) * adam,
+    }[arm]
+    params = {"kernel": jnp.asarray(theta, jnp.float32)}
+    with users_settings():
+        optimizer = olm.make_optimizer(arm, 0.01)
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for gradient in (first, second):
+            updates, state = update({"kernel": jnp.asarray(gradient)}, state, params)
+    np.testing.assert_allclose(updates["kernel"], -0.01 * wanted, rtol=1e-4)
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("arm", olm.ARMS)
 def test_bytes_of_the_states_themselves(arm):
     params = {"kernel": jnp.ones((100, 100), jnp.float32), "bias": jnp.zeros(1, jnp.float32)}
     for accumulation, wanted in zip((1, 4), BYTES[arm], strict=True):
