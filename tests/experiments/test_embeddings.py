@@ -223,7 +223,7 @@ def card():
     }
     arms["lion"] = {"max_embedding": embeddings.limit(CPU, "lion")[-1], "loss": 4.5}
     arms["lion-lazy"] = {"max_embedding": 1.0, "loss": 4.4}
-    arms["accumulation"] = {"difference": 1e-6, "difference_x64": 1e-13}
+    arms["accumulation"] = {"difference": 1e-6, "apart": 0.0, "difference_x64": 1e-13}
     arms["accumulation"] |= {f"bytes[{name}]": value for name, value in BYTES.items()}
     return arms
 
@@ -296,18 +296,30 @@ def test_wrong_config_names_the_field(changes, message):
 
 @pytest.mark.x32
 def test_a_run_from_end_to_end(tmp_path):
-    config = dataclasses.replace(EmbeddingAnomaly.presets["smoke"], arms=("plain", "accumulation"))
+    config = dataclasses.replace(
+        EmbeddingAnomaly.presets["smoke"],
+        arms=("plain", "tied", "accumulation"),
+        weight_decay=14.0,  # so that half of 1/λ is among the rows
+    )
     ctx, config, arms = smoke_run(EmbeddingAnomaly(), tmp_path, config)
     results = Results(config, arms)
     assert results.mean("accumulation", "difference_x64") < 1e-12
     assert results.mean("accumulation", "difference") < 0.1
+
     kept = ctx.load_arrays("rows-plain")
     assert kept["rows"].shape == kept["met"].shape == (1, 64)
     assert kept["met"].sum() == 3 * 16 * 20
     assert results.mean("plain", "max_embedding") == pytest.approx(kept["rows"].max())
-    assert results.mean("plain", "share") == 0.0
-    assert math.isnan(arms["plain"]["never_targets"][0])
+    far = kept["rows"] > 0.5 / 14
+    assert 0 < far.mean() < 1
+    assert results.mean("plain", "share") == pytest.approx(far.mean())
+    source = Windows(embeddings.read_tokens(64, None).train, 0, 16, 2)
+    targets = np.concatenate([source[step]["bytes"][:, 2] for step in range(20)])
+    never = np.isin(np.flatnonzero(far[0]), targets, invert=True)
+    assert results.mean("plain", "never_targets") == pytest.approx(never.mean())
+    # The tied model is another one, from the same embedding.
     assert results.mean("plain", "loss") < math.log(64)
+    assert results.mean("tied", "loss") != results.mean("plain", "loss")
     evaluated = [r["step"] for r in ctx.history("plain") if r["split"] == "evaluation"]
     assert evaluated == [10, 20]
     files = EmbeddingAnomaly().plot(results, ctx)
@@ -316,3 +328,11 @@ def test_a_run_from_end_to_end(tmp_path):
     statuses = [claim.judge(results).status for claim in EmbeddingAnomaly.claims]
     assert statuses[:9] == ["not testable"] * 9
     assert statuses[9] == statuses[11] == "held"
+
+
+def test_no_row_far_out_is_no_share():
+    far = np.array([[True, True, False, True], [False] * 4])
+    targets = np.array([[0, 3, 0, 1], [0, 0, 0, 0]])
+    share, none = embeddings._never_targets(far, targets)
+    assert share == pytest.approx(1 / 3)
+    assert math.isnan(none)
