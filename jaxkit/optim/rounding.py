@@ -21,7 +21,8 @@ def stochastic_round(
 
     With neighbours `a <= x <= b`: `b` with probability `(x - a) / (b - a)`, else `a`. A number that
     `dtype` holds exactly stays as it is, NaN and infinities too; beyond the largest finite number
-    the rounding is the usual one. Subnormal results are rounded to the spacing of subnormals.
+    the rounding is the usual one. Subnormal results are rounded to the spacing of subnormals. The
+    derivative is that of the mean, which is 1.
 
     Args:
       x: Numbers of any shape. What `dtype` holds exactly is only cast.
@@ -53,18 +54,15 @@ def stochastic_round(
         return x
     near = x.astype(dtype)
     back = near.astype(x.dtype)
-    # The neighbour on the other side of x. Ordered as integers, floats of one sign are
-    # consecutive: one up is one away from zero. Zero's neighbours are the smallest subnormals.
+    # The neighbour on the other side of x. Ordered as integers, floats of one sign are consecutive
+    # from zero, which keeps the sign of x: one more is one further out.
     integer = _BITS[dtype.name]
-    bits = jax.lax.bitcast_convert_type(near, integer)
-    outward = jnp.abs(back) < jnp.abs(x)
-    step = jnp.where(outward, 1, -1).astype(integer)
-    smallest = jnp.asarray(1, integer)
-    sign = jnp.where(x < 0, jnp.iinfo(integer).min, 0).astype(integer)
-    bits = jnp.where(back == 0, sign | smallest, bits + step)
+    step = jnp.where(jnp.abs(back) <= jnp.abs(x), 1, -1).astype(integer)
+    bits = jax.lax.bitcast_convert_type(near, integer) + step
     other = jax.lax.bitcast_convert_type(bits, dtype).astype(x.dtype)
     gap = jnp.abs(other - back)
     share = jnp.abs(x - back) / jnp.where(gap == 0, 1, gap)
-    uniform = jax.random.uniform(key, x.shape, x.dtype)
-    moves = (uniform < share) & jnp.isfinite(back) & jnp.isfinite(other) & (back != x)
-    return jnp.where(moves, other, back).astype(dtype)
+    # The share of an exact number is 0, of one beyond the range 0 or NaN: these never move.
+    moves = jax.random.uniform(key, x.shape, x.dtype) < share
+    # As a sum, which is exact, so that the derivative is that of `back` on either side.
+    return jnp.where(moves, back + jax.lax.stop_gradient(other - back), back).astype(dtype)

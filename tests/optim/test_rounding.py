@@ -51,6 +51,8 @@ def test_subnormals_of_float16_round_to_their_spacing():
 def test_exact_numbers_and_those_that_are_none_stay():
     x = jnp.asarray([0.0, -0.0, 1.0, -2.5, np.inf, -np.inf, np.nan, 65504.0, 65510.0], jnp.float32)
     rounded = np.asarray(stochastic_round(x, jnp.float16, key=KEY), np.float32)
+    beyond = stochastic_round(jnp.full(64, 65530.0, jnp.float32), jnp.float16, key=KEY)
+    assert np.all(np.isposinf(beyond))
     np.testing.assert_array_equal(rounded[:8], np.asarray(x)[:8])
     assert rounded[8] == 65504.0  # its other neighbour is no number
     assert np.signbit(rounded[1])
@@ -64,6 +66,20 @@ def test_half_types_of_different_ranges():
     rounded = stochastic_round(x, jnp.bfloat16, key=KEY).astype(jnp.float32)
     assert set(np.asarray(rounded)) == {1.0, 1.0 + 2**-7}
     assert abs(float(rounded.mean()) - (1 + 2**-9)) < 5 * 2**-8 / np.sqrt(2000)
+
+
+def test_derivative_is_that_of_the_mean():
+    x = jnp.broadcast_to(jnp.asarray([1 + 2**-9, -0.1, 0.0, 3.0], jnp.float32), (64, 4))
+    rounded = lambda x: stochastic_round(x, jnp.bfloat16, key=KEY).astype(jnp.float32)
+    assert len(np.unique(rounded(x))) == 6  # both neighbours of the first two
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(rounded(x)))(x), 1.0)
+
+
+def test_exact_numbers_are_not_a_matter_of_nan():
+    """A search for NaN passes zeros."""
+    with jax.debug_nans(True):
+        rounded = stochastic_round(jnp.asarray([0.0, -0.0, 1.0]), jnp.float16, key=KEY)
+    np.testing.assert_array_equal(rounded, [0.0, 0.0, 1.0])
 
 
 def test_wrong_arguments():
