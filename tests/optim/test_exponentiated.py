@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import checkify
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxkit.optim import check_optimizer, exponentiated_gradient
 from jaxkit.optim.exponentiated import eg
@@ -338,6 +340,23 @@ def test_a_bad_gradient_is_seen_and_kept_out(constraint, options):
         updates, after = update(g, state, theta)
         np.testing.assert_array_equal(updates, 0)
         chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "options"),
+    [("simplex", {}), ("simplex", {"log_state": True}), ("signed", {"total": 2.0}), ("nonneg", {})],
+)
+def test_eight_devices_equal_one(constraint, options):
+    """Also where a row, or the sum of a leaf, is spread over all of them."""
+    optimizer = eg(0.5, constraint, **options)
+    theta = jnp.arange(1.0, 17.0) / 136
+    grads = jnp.cos(jnp.arange(48.0)).reshape(3, 16)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))
+    alone = run(optimizer, theta, grads)
+    spread = run(optimizer, put(theta, "data"), put(grads, None, "data"))
+    assert len(spread[0].sharding.device_set) == 8
+    chex.assert_trees_all_close(spread, alone, rtol=1e-12, atol=1e-15)
 
 
 def test_a_rate_can_be_differentiated_through():

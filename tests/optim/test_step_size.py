@@ -116,7 +116,7 @@ def gradients(tree, step):
 @pytest.mark.parametrize("where", ["post", "pre"])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 def test_check_8_no_rates_are_the_inner_optimizer(where, dtype):
-    inner = optax.rmsprop(0.01, momentum=0.9)
+    inner = optax.sgd(0.01, momentum=0.9)
     off = eg_stepsize(inner, gain_lr=0, scale_lr=0, where=where)
     # Rates that may change keep their state, and are as exact where nothing is fused.
     kept = eg_stepsize(inner, gain_lr=jnp.float32(0), scale_lr=jnp.float32(0), where=where)
