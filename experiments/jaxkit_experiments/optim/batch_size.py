@@ -205,35 +205,55 @@ def steps_to_target(
     Batches are drawn independently. The loss is looked at every five steps.
     """
     x, y, classes = data
-    make = {"sgd": optax.sgd, "adam": optax.adam}[optimizer]
     rates = config.rates if optimizer == "sgd" else config.adam_rates
+    steps = cap // _CHECK_EVERY * _CHECK_EVERY
+    rows = _drawn(config.seeds, B, (steps // _CHECK_EVERY, _CHECK_EVERY, B), len(y))
+    starts = _starts(jnp.asarray(config.seeds, jnp.uint32), x.shape[1], config.hidden, classes)
+    losses = _losses_along(starts, jnp.asarray(rates, jnp.float32), rows, data, optimizer)
+    arrived = np.asarray(losses) <= config.target
+    first = _CHECK_EVERY * (np.argmax(arrived, axis=-1) + 1.0)
+    return np.where(arrived.any(axis=-1), first, np.inf)
 
-    def run(seed: jax.Array, rate: jax.Array) -> jax.Array:
-        key = jax.random.key(seed)
-        params = network(key, x.shape[1], config.hidden, classes)
+
+def _drawn(seeds: tuple[int, ...], B: int, shape: tuple[int, ...], n: int) -> jax.Array:
+    """Rows of independent batches, `[seeds, *shape]`; from NumPy, which compiles nothing."""
+    draw = lambda seed: np.random.default_rng((seed, B)).integers(n, size=shape, dtype=np.int32)
+    return jnp.asarray(np.stack([draw(seed) for seed in seeds]))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _starts(seeds: jax.Array, width: int, hidden: int, classes: int) -> Any:
+    """A network for every seed."""
+    return jax.vmap(lambda seed: network(jax.random.key(seed), width, hidden, classes))(seeds)
+
+
+@partial(jax.jit, static_argnames="optimizer")
+def _losses_along(
+    starts: Any, rates: jax.Array, rows: jax.Array, data: Examples, optimizer: str
+) -> jax.Array:
+    """Loss of all examples after every five steps, `[seeds, rates, looks]`."""
+    x, y, _ = data
+    make = {"sgd": optax.sgd, "adam": optax.adam}[optimizer]
+
+    def run(params: Any, rows: jax.Array, rate: jax.Array) -> jax.Array:
         tx = make(rate)
 
-        def step(carry: Any, t: jax.Array) -> Any:
+        def step(carry: Any, rows: jax.Array) -> Any:
             params, state = carry
-            rows = jax.random.randint(jax.random.fold_in(key, t), (B,), 0, len(y))
             grads = jax.grad(loss)(params, x[rows], y[rows])
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        def five(carry: Any, steps: jax.Array) -> Any:
-            carry, _ = jax.lax.scan(step, carry, steps)
+        def five(carry: Any, rows: jax.Array) -> Any:
+            carry, _ = jax.lax.scan(step, carry, rows)
             return carry, loss(carry[0], x, y)
 
-        steps = jnp.arange(cap // _CHECK_EVERY * _CHECK_EVERY).reshape(-1, _CHECK_EVERY)
-        _, losses = jax.lax.scan(five, (params, tx.init(params)), steps)
-        arrived = losses <= config.target
-        first = _CHECK_EVERY * (jnp.argmax(arrived) + 1)
-        return jnp.where(jnp.any(arrived), first.astype(jnp.float32), jnp.inf)
+        return jax.lax.scan(five, (params, tx.init(params)), rows)[1]
 
-    over = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
-    return np.asarray(
-        jax.jit(over)(jnp.asarray(config.seeds, jnp.uint32), jnp.asarray(rates, jnp.float32))
-    )
+    return jax.vmap(jax.vmap(run, (None, None, 0)), (0, 0, None))(starts, rows, rates)
+
+
+_fit = jax.jit(fit_steps_data)
 
 
 def noise_along(config: BatchSizeConfig, data: Examples) -> dict[int, dict[str, list[float]]]:
@@ -243,30 +263,28 @@ def noise_along(config: BatchSizeConfig, data: Examples) -> dict[int, dict[str, 
     microbatches of the training step tell, no further gradient taken.
     """
     tx = optax.chain(track_noise_scale(), optax.sgd(config.noise_rate))
-    b = config.noise_size // 4
+    x, y, classes = data
+    b, length = config.noise_size // 4, max(1, config.noise_steps[-1])
+    rows = _drawn(config.seeds, config.noise_size, (length, 4, b), len(y))
 
-    def start(seed: jax.Array) -> Any:
-        key = jax.random.key(seed)
-        params = network(key, data.x.shape[1], config.hidden, data.classes)
-        return key, params, tx.init(params)
-
-    def step(t: jax.Array, carry: Any, x: jax.Array, y: jax.Array) -> Any:
-        key, params, state = carry
-        rows = jax.random.randint(jax.random.fold_in(key, t), (4, b), 0, len(y))
+    def step(carry: Any, rows: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+        params, state = carry
         micro = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x[rows], y[rows])
         grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), micro)
         updates, state = tx.update(grads, state, params, micro_grads=micro, b_small=b)
-        return key, optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state
 
-    def advance(carry: Any, begin: jax.Array, end: jax.Array, x: jax.Array, y: jax.Array) -> Any:
-        one = lambda of: jax.lax.fori_loop(begin, end, lambda t, c: step(t, c, x, y), of)
-        return jax.vmap(one)(carry)
+    def advance(carry: Any, rows: Any, begin: Any, end: Any, x: jax.Array, y: jax.Array) -> Any:
+        one = lambda of, rows: jax.lax.fori_loop(
+            begin, end, lambda t, c: step(c, rows[t], x, y), of
+        )
+        return jax.vmap(one)(carry, rows)
 
     def look(carry: Any, x: jax.Array, y: jax.Array) -> Any:
         """One seed after the other, some examples at a time: no gradient is kept."""
 
         def one(of: Any) -> Any:
-            _, params, state = of
+            params, state = of
             # Batches are drawn from these examples, so that their mean gradient is g itself.
             value, g = jax.value_and_grad(loss)(params, x, y)
 
@@ -280,11 +298,12 @@ def noise_along(config: BatchSizeConfig, data: Examples) -> dict[int, dict[str, 
         return jax.lax.map(one, carry)
 
     advance, look = jax.jit(advance), jax.jit(look)
-    carry, done, seen = jax.vmap(start)(jnp.asarray(config.seeds, jnp.uint32)), 0, {}
+    params = _starts(jnp.asarray(config.seeds, jnp.uint32), x.shape[1], config.hidden, classes)
+    carry, done, seen = (params, jax.vmap(tx.init)(params)), 0, {}
     for stop in config.noise_steps:
-        carry, done = advance(carry, done, stop, data.x, data.y), stop
+        carry, done = advance(carry, rows, done, stop, x, y), stop
         names = ("loss", "exact", "online")
-        values = (np.asarray(of, np.float64).tolist() for of in look(carry, data.x, data.y))
+        values = (np.asarray(of, np.float64).tolist() for of in look(carry, x, y))
         seen[stop] = dict(zip(names, values, strict=True))
     return seen
 
@@ -401,8 +420,8 @@ class BatchSize(Experiment):
         sizes, S, lrs = np.asarray(config.sizes, float), np.asarray(medians), np.asarray(best)
         there = np.isfinite(S)
         if there.sum() >= 3:
-            fit = fit_steps_data(jnp.asarray(sizes[there]), jnp.asarray(S[there]))
-            law = fit_steps_data(jnp.asarray(sizes[there]), jnp.asarray(1 / lrs[there]))
+            fit = _fit(jnp.asarray(sizes[there]), jnp.asarray(S[there]))
+            law = _fit(jnp.asarray(sizes[there]), jnp.asarray(1 / lrs[there]))
             numbers = {
                 "S_min": fit.S_min,
                 "E_min": fit.E_min,
