@@ -92,7 +92,8 @@ def eg_stepsize(
 
     since `∂L/∂s = <D_{t-1}, g_t>` and `∂L/∂p = s d_{t-1} g_t`: both look at the past alone, and the
     first step leaves s and p at 1. A gradient that is not finite leaves s, p and ḡ as they are and
-    goes on to `inner`. Nothing is differentiated through s and p.
+    goes on to `inner`; products so large that they overflow leave s. Nothing is differentiated
+    through s and p.
 
     State besides that of `inner`, in float32 (float64 for float64 parameters; bfloat16 would round
     steps of one percent): 4 bytes a parameter each for p, ḡ and D, and two scalars. What is not

@@ -68,6 +68,12 @@ def test_check_6_post_form():
     np.testing.assert_allclose(state.step_sizes.gain, (3.1344524223, 11.0469331153), rtol=1e-9)
 
 
+def test_the_post_form_has_no_bounds():
+    signs = lambda _, step: jnp.array([1.0, 1.0]).at[1].set(jnp.where(step % 2 == 0, 1.0, -1.0))
+    _, state = run(eg_sgd(0.1, 1.0), jnp.zeros(2), signs, 11)
+    np.testing.assert_allclose(state.step_sizes.log_gain, [10, -10], rtol=1e-14)
+
+
 @pytest.mark.x32
 def test_check_6_in_float32():
     params, _ = run(eg_sgd(0.1, 0.5), jnp.array([1.0, -2.0]), lambda x, _: x, 5)
@@ -179,6 +185,7 @@ def test_egdd_is_the_listing(raw):
     rng = np.random.default_rng(0)
     grads = rng.normal(size=(40, 2, 5)) + 0.5
     grads[10:, 0, 0] = np.cos(np.pi * np.arange(30))
+    grads[1] *= 1e-10  # where the 1e-10 beside the norms counts
     theta = rng.normal(size=(2, 5))
     stacked = jnp.asarray(grads)
     params, state = run(
@@ -266,10 +273,10 @@ def test_adam_cancels_gains_in_front_of_it():
 # --- numbers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["global", "leaf"])
-def test_non_finite_gradients_leave_the_step_sizes(scope):
+@pytest.mark.parametrize(("scope", "signal"), [("global", "ema"), ("leaf", "direction")])
+def test_non_finite_gradients_leave_the_step_sizes(scope, signal):
     inner = optax.stateless(lambda g, _: jax.tree.map(lambda g: -0.1 * g, g))
-    optimizer = eg_stepsize(inner, gain_lr=0.1, scale_lr=0.1, scale_scope=scope, gain_signal="ema")
+    optimizer = eg_stepsize(inner, gain_lr=0.1, scale_lr=0.1, scale_scope=scope, gain_signal=signal)
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     _, state = run(optimizer, params, lambda x, _: x, 3)
     update = jax.jit(optimizer.update)
@@ -283,6 +290,18 @@ def test_non_finite_gradients_leave_the_step_sizes(scope):
         assert int(onward.step_sizes.count) == int(state.step_sizes.count) + 1
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(onward))
         assert np.all(onward.step_sizes.gain["b"] > state.step_sizes.gain["b"])
+        before, then = (jax.tree.leaves(x.step_sizes.scale)[-1] for x in (after, onward))
+        assert then > before
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_products_that_overflow_leave_the_scale(raw):
+    optimizer = eg_stepsize(optax.sgd(0.1), scale_lr=0.5, raw=raw)
+    huge = lambda x, _: jnp.full_like(x, 1e30)
+    _, state = run(optimizer, jnp.zeros(3, jnp.float32), huge, 3)
+    assert state.step_sizes.scale == 1
+    assert np.all(state.step_sizes.gain > 1)
+    assert np.all(np.isfinite(state.step_sizes.gain))
 
 
 def test_a_zero_gradient_has_no_direction():
