@@ -1,6 +1,7 @@
 """Weights from Gram matrices: the card's digits, optimality conditions, degenerate input."""
 
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from scipy.optimize import nnls
 
+from jaxkit.optim import check_optimizer
 from jaxkit.optim import multitask as mt
 from jaxkit.optim.multitask.quadratic import quadratic
 from tests.tolerance import tol
@@ -17,6 +19,9 @@ J2 = np.array([[-4.0, 1, 1], [6, 1, 1]])
 J3 = np.array([[1.0, 2, 0, -1], [-2, 1, 1, 0], [0.5, -1, 3, 2]])
 OPPOSED = np.array([[1.0, 0], [-1, 0.1], [0, 1]])
 AUXILIARY = np.array([[3.0, -3, -2], [-1, 1, 1], [-1, 2, 0]])
+
+# Rules of the contract for optimizers that treat each leaf by itself.
+SEES_ALL_LEAVES = ("multi_transform", "masked")
 
 STATIC = {"alpha", "mains", "normalize", "rescale", "scale", "solver", "steps"}
 GRAM_METHODS = {
@@ -105,21 +110,23 @@ def test_pcgrad_depends_on_the_order_in_general():
     """Against projections of the rows themselves, in every order."""
     J = random_rows(3, 3, 4, conflict=1.0)
 
-    def project(order):
-        total = 0
-        for i in range(3):
-            g = J[i].copy()
-            for j in order:
-                if j != i and g @ J[j] < 0:
-                    g -= (g @ J[j]) / (J[j] @ J[j]) * J[j]
-            total = total + g
-        return total
+    def project_one(i, order):
+        g = J[i].copy()
+        for j in order:
+            if j != i and g @ J[j] < 0:
+                g -= (g @ J[j]) / (J[j] @ J[j]) * J[j]
+        return g
+
+    project = lambda order: sum(project_one(i, order) for i in range(3))
 
     np.testing.assert_allclose(mt.pcgrad(gram(J)) @ J, project((0, 1, 2)), atol=1e-13)
     assert not np.allclose(project((0, 1, 2)), project((2, 1, 0)))
-    keys = jax.random.split(jax.random.key(1), 12)
-    seen = jax.vmap(lambda key: mt.pcgrad(gram(J), key=key))(keys)
-    assert len({tuple(w) for w in np.asarray(seen).round(9)}) > 1
+    # With a key, each task meets the others in one of the two orders; in time, all eight are seen.
+    keys = jax.random.split(jax.random.key(1), 60)
+    seen = jax.vmap(lambda key: mt.pcgrad(gram(J), key=key))(keys) @ J
+    orders = [[project_one(i, order) for order in ((0, 1, 2), (2, 1, 0))] for i in range(3)]
+    possible = {tuple(np.sum(rows, axis=0).round(9)) for rows in itertools.product(*orders)}
+    assert {tuple(u) for u in np.asarray(seen).round(9)} == possible
 
 
 def test_opposed_rows():
@@ -166,6 +173,33 @@ def test_the_l2_auxiliary():
     assert abs(float(updates @ theta)) < 1e-14
     with pytest.raises(ValueError, match="auxiliary must be given"):
         optimizer.update(grads, optimizer.init(theta), theta)
+
+
+def decoupled_decay(rate):
+    """The L2 auxiliary as an optimizer."""
+    inner = optax.chain(optax.sgd(rate), mt.decoupled_auxiliary())
+
+    def update(grads, state, params=None, **extra):
+        decay = jax.tree.map(lambda p: p[None], params)
+        return inner.update(grads, state, params, auxiliary=decay, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def test_the_decoupled_auxiliary_keeps_the_contract():
+    check_optimizer(decoupled_decay, skip=SEES_ALL_LEAVES)
+
+
+def test_the_decoupled_auxiliary_and_what_is_not_finite():
+    """An update that is not finite is not made one of zeros; an auxiliary that is not is left."""
+    correct = mt.decoupled_auxiliary().update
+    rows = jnp.array([[1.0, 1.0]])
+    updates, _ = correct(jnp.array([jnp.nan, 1.0]), (), auxiliary=rows)
+    assert np.isnan(updates).any()
+    for bad in (jnp.nan, jnp.inf):
+        updates, _ = correct(jnp.array([2.0, 1.0]), (), auxiliary=bad * rows)
+        assert updates.tolist() == [2, 1]
+    assert correct({}, (), auxiliary={})[0] == {}
 
 
 def test_imtl_g_is_the_original_where_the_pseudo_inverse_climbs():
@@ -291,26 +325,56 @@ def test_gradvac_reaches_its_target_and_tracks_the_cosine():
         assert row @ other / np.linalg.norm(row) / np.linalg.norm(other) == pytest.approx(0.7)
 
 
-def test_nash_and_fairgrad_solve_their_equations():
+def test_nash_solves_its_equations():
     J = random_rows(4, 5, 9, conflict=0.9)
     # Losses of very different scales, gradients nearly opposed.
     J = J * 10.0 ** np.linspace(-2, 2, 5)[:, None]
     G = gram(J)
     w = mt.nash(G)
     np.testing.assert_allclose((G @ w) * w, np.ones(5), atol=1e-9)
-    for alpha in (0.5, 2.0):
-        w = mt.fairgrad(gram(J3), alpha=alpha)
-        np.testing.assert_allclose(gram(J3) @ w, w ** (-1 / alpha), rtol=1e-11)
     short = mt.nash(gram(J2), max_norm=1.0) @ J2
     assert float(np.linalg.norm(short)) == pytest.approx(1)
     np.testing.assert_allclose(mt.nash(gram(J2), max_norm=5.0), mt.nash(gram(J2)), atol=1e-15)
 
 
+def rows_of_all_scales(spread, conflict=0.8):
+    """Twelve problems of five tasks, the losses' scales spread over 2·`spread` powers of ten."""
+    rows = np.stack([random_rows(seed, 5, 9, conflict) for seed in range(12)])
+    return rows * 10 ** np.random.default_rng(0).uniform(-spread, spread, (12, 5, 1))
+
+
+def unfairness(G, w, alpha):
+    """The error of (Gw)_i = w_i^{-1/α} in units of the terms that cancel in Gw."""
+    G, w = np.asarray(G, np.float64), np.asarray(w, np.float64)
+    falls, wanted = np.einsum("bij,bj->bi", G, w), w ** (-1 / alpha)
+    return np.max(np.abs(falls - wanted) / (np.einsum("bij,bj->bi", np.abs(G), w) + wanted))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 2.0, 10.0])
+def test_fairgrad_solves_its_equations_whatever_the_scales(alpha):
+    solve = jax.jit(jax.vmap(lambda G: mt.fairgrad(G, alpha=alpha)))
+    for spread in (0, 4):
+        rows = rows_of_all_scales(spread)
+        G = jnp.asarray(np.einsum("bip,bjp->bij", rows, rows))
+        assert unfairness(G, solve(G), alpha) < 1e-13
+
+
 @pytest.mark.x32
-def test_nash_without_a_solution_is_finite():
-    assert np.isfinite(mt.nash(gram(np.array([[1.0, 0], [-1, 0]]), jnp.float32))).all()
-    J = np.array([[1.0, 0], [-0.5, 0.8], [-0.5, -0.9]])
-    assert np.isfinite(mt.nash(gram(J, jnp.float32))).all()
+@pytest.mark.parametrize("alpha", [0.25, 2.0, 8.0])
+def test_fairgrad_in_single_precision(alpha):
+    rows = rows_of_all_scales(2, conflict=0.5)
+    G = jnp.asarray(np.einsum("bip,bjp->bij", rows, rows), jnp.float32)
+    w = jax.jit(jax.vmap(lambda G: mt.fairgrad(G, alpha=alpha)))(G)
+    assert w.dtype == jnp.float32
+    assert unfairness(G, w, alpha) < tol(np.float32, 5)
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("method", ["nash", "fairgrad"])
+def test_fairness_without_a_solution_is_finite(method):
+    assert np.isfinite(GRAM_METHODS[method](gram(J3[:2] * [[1], [0]], jnp.float32))).all()
+    for J in ([[1.0, 0], [-1, 0]], [[1.0, 0], [-0.5, 0.8], [-0.5, -0.9]]):
+        assert np.isfinite(GRAM_METHODS[method](gram(np.array(J), jnp.float32))).all()
 
 
 def test_mgda_normalisations():
@@ -320,6 +384,35 @@ def test_mgda_normalisations():
         w = mt.mgda(G, normalize=normalize, losses=losses)
         want = mt.mgda(gram(J3 / np.asarray(s)[:, None])) / s
         np.testing.assert_allclose(w, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_mgda_leaves_out_a_task_that_its_normalisation_makes_nothing_of(tasks):
+    """A loss that is not finite under jit, or that dwarfs the others by more than rounding."""
+    J = J3[:tasks]
+    want = np.zeros(tasks)
+    want[1:] = 1 if tasks == 2 else mt.mgda(gram(J[1:]))
+    for bad in (np.nan, np.inf, 1e14):
+        losses = jnp.ones(tasks).at[0].set(bad)
+        w = GRAM_METHODS["mgda"](gram(J), normalize="loss", losses=losses)
+        np.testing.assert_allclose(w, want, atol=1e-12)
+
+
+@pytest.mark.x32
+def test_imtl_g_is_regular_for_losses_of_all_scales():
+    """Differences to one long gradient among short ones must not look like a singular matrix."""
+    scales = np.array([1e-4, 2e-4, 1])[:, None]
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        J = (scales * J3)[order]
+        u = np.asarray(mt.imtl_g(gram(J, jnp.float32)), np.float64) @ J
+        projections = J @ u / np.linalg.norm(J, axis=1)
+        np.testing.assert_allclose(projections, projections[0], rtol=tol(np.float32, 100))
+
+
+def test_no_gradient_passes_to_options():
+    a = jnp.array([0.2, 0.5, 0.3])
+    loss = lambda a, c: jnp.sum(mt.cagrad(gram(J3), c=c, preference=a) ** 2)
+    assert [np.abs(x).max() for x in jax.grad(loss, argnums=(0, 1))(a, jnp.array(0.4))] == [0, 0]
 
 
 def test_preferences():

@@ -168,10 +168,15 @@ def test_update_every_reuses_weights(params):
     assert not np.allclose(seen[2], seen[3])
 
 
+def huge(p):
+    """1e300, by which the compiler cannot multiply in another order: 0·(1e300·1e300) is NaN."""
+    return jax.lax.stop_gradient(1e301 * p["body"]["bias"][0])
+
+
 def broken(p):
     """The second loss and its gradient overflow."""
     losses = losses_fn(p)
-    return losses.at[1].set(1e300 * (1e300 * losses[1]))
+    return losses.at[1].set(huge(p) * (huge(p) * losses[1]))
 
 
 @pytest.mark.parametrize("rows", ["vmap", "recompute"])
@@ -186,6 +191,52 @@ def test_a_task_that_is_not_finite(params, rows):
     grads, aux = mt.aggregate(broken, params, method="mgda", rows=rows, nonfinite="propagate")
     assert np.isnan(aux.weights).all()
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_a_task_that_breaks_while_weights_are_reused(params):
+    state = mt.init_state(params, 3, method="nash")
+    step = lambda f, state: jax.jit(
+        lambda p, s: mt.aggregate(f, p, method="nash", state=s, update_every=3)
+    )(params, state)
+    _, first = step(losses_fn, state)
+    grads, aux = step(broken, first.state)
+    want = np.asarray(first.weights) * [1, 0, 1]
+    np.testing.assert_array_equal(aux.weights, want)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+    np.testing.assert_allclose(flat, want @ dense(rows_by_hand(params)), atol=1e-12)
+    # It is back as soon as it is mended.
+    np.testing.assert_array_equal(step(losses_fn, aux.state)[1].weights, first.weights)
+
+
+def overflowing(p):
+    """The second loss is finite, but the slope of its part in the head overflows."""
+    small = jnp.sum(p["head"] - jax.lax.stop_gradient(p["head"]))
+    return losses_fn(p).at[1].add(huge(p) * (huge(p) * small))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("equal", {}),
+        ("equal", {"shared": {"body": True, "head": False}}),
+        ("mgda", {"shared": {"body": True, "head": False}}),
+        ("mgda", {"measured": {"body": True, "head": False}}),
+        ("mean", {"measured": {"body": True, "head": False}, "rows": "recompute"}),
+    ],
+)
+def test_a_finite_loss_with_a_gradient_that_is_not(params, method, options):
+    """Wherever the leaf is that spoils the task: among heads, or where G does not look."""
+    grads, aux = jax.jit(lambda p: mt.aggregate(overflowing, p, method=method, **options))(params)
+    assert np.isfinite(aux.losses).all()
+    assert aux.finite.tolist() == [True, False, True]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    J = rows_by_hand(params)
+    w = np.asarray(aux.weights)
+    if "shared" in options:
+        np.testing.assert_allclose(grads["head"], J["head"][0] + J["head"][2], atol=1e-12)
+    else:
+        assert w[1] == 0
+        np.testing.assert_allclose(grads["head"], w @ np.asarray(J["head"]), atol=1e-12)
 
 
 def test_heads_of_a_broken_task_and_its_state(params):
@@ -297,6 +348,27 @@ def test_sharded_parameters():
         out_specs=PartitionSpec("model"),
     )
     np.testing.assert_allclose(jax.jit(manual)(split), whole, atol=1e-13)
+
+    # From losses, whose parameters are split: sums over the devices make them, and G.
+    x = np.random.default_rng(1).standard_normal((16, 5))
+
+    def losses(x, J, total=lambda y: y):
+        return total(jnp.stack([jnp.sum(J[i] * x) + (i + 1) * jnp.sum(x**2) for i in range(3)]))
+
+    for method, axis in (("mgda", "model"), ("equal", "model"), ("equal", None)):
+        inside = jax.shard_map(
+            lambda x, J, method=method, axis=axis: mt.aggregate(
+                lambda x: losses(x, J, lambda y: jax.lax.psum(y, "model")),
+                x,
+                method=method,
+                axis_name=axis,
+            )[0],
+            mesh=mesh,
+            in_specs=(PartitionSpec("model"), PartitionSpec(None, "model")),
+            out_specs=PartitionSpec("model"),
+        )
+        expected, _ = mt.aggregate(lambda x: losses(x, J), jnp.asarray(x), method=method)
+        np.testing.assert_allclose(jax.jit(inside)(x, J), expected, atol=1e-12)
     np.testing.assert_allclose(aux.gram, want.gram, atol=1e-12)
 
 

@@ -24,6 +24,32 @@ def test_power_means(gamma, value):
     np.testing.assert_allclose(w, slope, atol=1e-13)
 
 
+@pytest.mark.x32
+@pytest.mark.parametrize("gamma", [1e-6, -1e-3, 0.05, 0.11])
+def test_power_means_near_the_geometric_one(gamma):
+    """A small γ must not divide rounding."""
+    values = np.array([1e-3, 0.5, 2, 900])
+    want = np.exp(np.mean(np.log(values)))
+    want *= np.mean((values / want) ** gamma) ** (1 / gamma)
+    got = mt.power_mean(jnp.asarray(values, jnp.float32), gamma=gamma)
+    assert float(got) == pytest.approx(want, rel=3e-6)
+
+
+@pytest.mark.x32
+def test_losses_over_scales_are_summed_in_single_precision():
+    values, s = np.array([0.51, 2.03, 8.1]), np.array([0.3, -0.7, 1.9])
+    for dtype in (jnp.bfloat16, jnp.float16):
+        losses, scales = jnp.asarray(values, dtype), jnp.asarray(s, dtype)
+        x, y = np.asarray(losses, np.float64), np.asarray(scales, np.float64)
+        for loss, want in (
+            (mt.uncertainty_loss, np.sum(x * np.exp(-y) / 2 + y / 2)),
+            (mt.imtl_l_loss, np.sum(np.exp(y) * x - y)),
+        ):
+            got = loss(losses, scales)
+            assert got.dtype == dtype
+            assert got == jnp.asarray(want, dtype)
+
+
 def test_real_time_is_the_gradient_of_the_sum_of_logarithms():
     np.testing.assert_allclose(mt.real_time(L), jax.grad(lambda x: jnp.sum(jnp.log(x)))(L))
     np.testing.assert_allclose(mt.inverse_reference(L, reference=L), mt.real_time(L))

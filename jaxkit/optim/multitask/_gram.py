@@ -75,4 +75,5 @@ def preference_vector(
     tasks = like.shape[0]
     if preference is None:
         return jnp.full(tasks, 1 / tasks, like.dtype)
-    return jnp.asarray(check_vector("preference", preference, tasks)).astype(like.dtype)
+    given = jnp.asarray(check_vector("preference", preference, tasks)).astype(like.dtype)
+    return jax.lax.stop_gradient(given)

@@ -19,6 +19,7 @@ from jaxkit.optim.multitask.gradnorm import gradnorm, gradnorm_init
 from jaxkit.optim.multitask.jacobian import (
     Pullback,
     combine,
+    finite_entries,
     gram_matrix,
     inner_products,
     pullback,
@@ -281,7 +282,8 @@ def aggregate(
       measured: likewise, which shared parameters enter G, as GradNorm's last shared layer.
       granularity: one G for the model, for each layer (parameters of one parent), or for each leaf.
       rows: how J is formed.
-      update_every: solve for w in every so many steps only; the others take one backward pass.
+      update_every: solve for w in every so many steps only; the others take one backward pass. A
+        task left out when w is solved for waits for the next time.
       nonfinite: leave out tasks whose loss or gradient is not finite, with a weight of zero, and
         keep the method's state as it is; or "propagate" them. A task that divides by zero or
         meets NaN, rather than overflow, spoils all rows: its part of the other tasks' backward
@@ -337,31 +339,36 @@ def aggregate(
             leaves = rows_of(pull(everything), losses, batched=rows == "vmap")
             stored = dict(zip(everything, leaves, strict=True))
             grams = _grams(plan, stored, len(losses), axis_name)
-        return _solve(plan, stored, grams, losses, state, key, nonfinite)
+        return _solve(plan, stored, grams, losses, state, key, nonfinite, axis_name)
 
     if update_every == 1:
-        parts, weights, grams, finite, inner = solve()
+        parts, solved, grams, finite, inner = solve()
     else:
         assert state is not None
         parts = None  # the rows stay inside their branch
-        weights, grams, finite, inner = jax.lax.cond(
+        solved, grams, finite, inner = jax.lax.cond(
             state.steps % update_every == 0,
             lambda: solve()[1:],
             lambda: (state.weights, state.gram, jnp.isfinite(losses), state.inner),
         )
-    drop = nonfinite == "drop"
-    safe = finite | (not drop)
+    weights = _masked(solved, finite, nonfinite)
+
+    def summed(numbers: list[int], w: Array) -> tuple[list[Array], Array]:
+        if nonfinite == "propagate":
+            return pull(numbers)(w.astype(losses.dtype)), finite
+        return weighted_pullback(pull(numbers), w, losses, finite, axis_name=axis_name)
+
+    heads, used = summed(plan.heads, jnp.ones_like(losses)) if plan.heads else ([], finite)
     if parts is None:
-        parts = [
-            weighted_pullback(pull(group), w, losses, safe)
-            for group, w in zip(plan.groups, weights, strict=True)
-        ]
-    heads = weighted_pullback(pull(plan.heads), safe.astype(losses.dtype), losses, safe)
+        pairs = [summed(group, w) for group, w in zip(plan.groups, weights, strict=True)]
+        parts, masks = [part for part, _ in pairs], jnp.stack([mask for _, mask in pairs])
+        weights = _masked(weights, masks, nonfinite)
+        used = used & jnp.all(masks, axis=0)
     _, old, treedef = flatten(params)
     new = dict(zip(everything, [leaf for part in parts for leaf in part], strict=True))
     new |= dict(zip(plan.heads, heads, strict=True))
     grads = treedef.unflatten(new[number] for number in range(len(old)))
-    return grads, _aggregation(losses, weights, grams, finite, state, inner, aux)
+    return grads, _aggregation(losses, weights, grams, used, state, solved, inner, aux)
 
 
 def aggregate_rows(
@@ -413,12 +420,12 @@ def aggregate_rows(
     if plan.method.takes != "losses":
         grams = _grams(plan, stored, tasks, axis_name)
     parts, weights, grams, finite, inner = _solve(
-        plan, stored, grams, losses, state, key, nonfinite
+        plan, stored, grams, losses, state, key, nonfinite, axis_name
     )
     order = [number for group in plan.groups for number in group]
     new = dict(zip(order, [leaf for part in parts for leaf in part], strict=True))
     u = jax.tree.unflatten(treedef, [new[number] for number in range(len(leaves))])
-    return u, _aggregation(losses, weights, grams, finite, state, inner, None)
+    return u, _aggregation(losses, weights, grams, finite, state, weights, inner, None)
 
 
 def aggregate_encoder(
@@ -484,11 +491,17 @@ def _solve(
     state: MultitaskState | None,
     key: Key | None,
     nonfinite: str,
+    axis_name: Any,
 ) -> tuple[Any, ...]:
     """Directions of all groups if rows are stored, weights, G, finite tasks, the method's state."""
     finite = jnp.asarray(True)
     if grams is not None:
         finite = jnp.all(jnp.isfinite(jnp.diagonal(grams, axis1=-2, axis2=-1)), axis=0)
+    if grams is not None and stored is not None:
+        measured = [i for group in plan.measured for i in group]
+        others = [rows for i, rows in stored.items() if i not in measured]
+        if others:
+            finite = finite & finite_entries(others, keep=1, axis_name=axis_name)
     if losses is not None:
         finite = finite & jnp.isfinite(losses)
     drop = nonfinite == "drop"
@@ -501,11 +514,9 @@ def _solve(
         return [plan.method.weigh(used, key=key, **plan.options)], weights, grams, finite, inner
     values = jnp.where(finite, losses, 1) if drop and losses is not None else losses
     weights, new = plan.weigh(grams, values, inner, key)
+    weights = _masked(weights, finite, nonfinite)
     if drop:
-        weights = jnp.where(finite[None], weights, 0)
         new = jax.tree.map(lambda x, y: jnp.where(jnp.all(finite), y, x), inner, new)
-    else:
-        weights = jnp.where(jnp.all(finite), weights, jnp.nan)
     parts = None
     if stored is not None:
         parts = [
@@ -515,16 +526,30 @@ def _solve(
     return parts, weights, grams, finite, new
 
 
+def _masked(weights: Array, finite: Array, nonfinite: str) -> Array:
+    """Weights `[groups, tasks]`, zero for the tasks left out; or all NaN."""
+    if nonfinite == "drop":
+        return jnp.where(finite, weights, 0)
+    return jnp.where(jnp.all(finite), weights, jnp.nan)
+
+
 def _keep(rows: Array, finite: Array) -> Array:
     return jnp.where(finite.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
 
 def _aggregation(
-    losses: Any, weights: Array, grams: Any, finite: Array, state: Any, inner: Any, aux: Any
+    losses: Any,
+    weights: Array,
+    grams: Any,
+    finite: Array,
+    state: Any,
+    solved: Array,
+    inner: Any,
+    aux: Any,
 ) -> Aggregation:
     new = None
     if state is not None:
-        new = MultitaskState(optax.safe_increment(state.steps), weights, grams, inner)
+        new = MultitaskState(optax.safe_increment(state.steps), solved, grams, inner)
     one = len(weights) == 1
     return Aggregation(
         losses,

@@ -14,7 +14,7 @@ __all__ = ["aligned", "config", "imtl_g"]
 def imtl_g(gram: Float[Array, "tasks tasks"]) -> Float[Array, " tasks"]:
     r"""Σ w = 1 and equal projections u·g_i/‖g_i‖ on all tasks. Weights may be negative.
 
-    With h = g/r and g_1 the first task that takes part, M_ij = (g_1 − g_i)·(h_1 − h_j) and
+    With h = g/r and g_1 the shortest gradient, M_ij = (g_1 − g_i)·(h_1 − h_j) and
     b_j = g_1·(h_1 − h_j): w_{2..} = M^{-T} b, w_1 = 1 − Σ; least squares where M is singular.
 
     Args:
@@ -33,14 +33,16 @@ def imtl_g(gram: Float[Array, "tasks tasks"]) -> Float[Array, " tasks"]:
     prepared = prepare(gram)
     G, alive, norms, _ = prepared
     tasks = len(G)
-    first = jnp.argmax(alive)
+    first = jnp.argmin(jnp.where(alive, norms, jnp.inf))
     cosine = G / norms[None, :]  # g_i · h_j
     b = cosine[first, first] - cosine[first]
     M = b[None, :] - (cosine[:, first][:, None] - cosine)
     # Rows and columns of the first task are zero, and so must be those of tasks left out.
-    M = jnp.where(jnp.outer(alive, alive), M, 0)
+    # In units of r_i the differences g_1 - g_i are of one size, whatever the losses' scales: a long
+    # gradient does not make M look singular.
+    M = jnp.where(jnp.outer(alive, alive), M / norms[:, None], 0)
     eps = jnp.finfo(G.dtype).eps
-    w = jnp.linalg.pinv(M.T, rtol=tasks * eps) @ jnp.where(alive, b, 0)
+    w = jnp.linalg.pinv(M.T, rtol=tasks * eps) @ jnp.where(alive, b, 0) / norms
     return pick(w.at[first].set(1 - jnp.sum(w) + w[first]), prepared, gram)
 
 

@@ -60,7 +60,7 @@ def cagrad(
     G, alive, norms, _ = prepared
     a = preference_vector(preference, G)
     Ga = G @ a
-    ratio = jnp.asarray(c, G.dtype)
+    ratio = jax.lax.stop_gradient(jnp.asarray(c, G.dtype))
     phi = ratio * jnp.sqrt(jnp.maximum(a @ Ga, 0))
     moves = phi > 0
     slope = -Ga / jnp.where(moves, phi, 1)

@@ -153,8 +153,10 @@ def decoupled_auxiliary() -> optax.GradientTransformationExtraArgs:
         rows = jax.tree.map(
             lambda u, g: jnp.concatenate([-u[None], g.astype(u.dtype)]), updates, auxiliary
         )
-        corrected = combine(rows, primary(gram_matrix(rows)))
-        # Where the update is zero, or not finite, there is nothing to correct.
-        return jax.tree.map(lambda u: -u, corrected), state
+        if not jax.tree.leaves(rows):
+            return updates, state
+        # An update that is not finite stays so: what is to be done with it is not decided here.
+        weights = primary(gram_matrix(rows)).at[0].set(1)
+        return jax.tree.map(lambda u: -u, combine(rows, weights)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -17,6 +17,7 @@ from jaxkit._typing import Array, Float
 __all__ = [
     "Pullback",
     "combine",
+    "finite_entries",
     "gram_matrix",
     "inner_products",
     "jacobian",
@@ -192,26 +193,44 @@ def combine(jacobian: Any, weights: Any) -> Any:
     return jax.tree.map(part, weights, jacobian)
 
 
-def weighted_pullback(pull: Pullback, weights: Array, losses: Array, finite: Array) -> Any:
-    """u = Jᵀw from one backward pass; from one for each task when one of them is not finite.
+def finite_entries(leaves: list[Array], *, keep: int = 0, axis_name: Any = None) -> Array:
+    """Whether all entries are finite, for each index along the first `keep` axes."""
+    flag = jnp.asarray(True)
+    for leaf in leaves:
+        flag = flag & jnp.all(jnp.isfinite(leaf), axis=tuple(range(keep, leaf.ndim)))
+    return flag if axis_name is None else jax.lax.pmin(flag.astype(jnp.int32), axis_name) > 0
 
-    A weight of zero does not cancel a gradient that is not finite.
+
+def weighted_pullback(
+    pull: Callable[[Array], list[Array]],
+    weights: Array,
+    losses: Array,
+    finite: Array,
+    *,
+    axis_name: Any = None,
+) -> tuple[list[Array], Array]:
+    """u = Jᵀw of the tasks whose loss and gradient are finite, and which these are.
+
+    From one backward pass; where that is not finite, from one for each task, since a weight of zero
+    does not cancel a gradient that is not finite.
     """
+    basis = jnp.eye(len(losses), dtype=losses.dtype)
 
-    def each(w: Array) -> Any:
-        basis = jnp.eye(len(w), dtype=losses.dtype)
-        zeros = jax.tree.map(
-            lambda g: jnp.zeros(g.shape, wide(g.dtype)), jax.eval_shape(pull, losses)
-        )
+    def each(whole: list[Array]) -> tuple[list[Array], Array]:
+        def add(totals: list[Array], i: Array) -> tuple[list[Array], Array]:
+            gradient = pull(basis[i])
+            used = finite[i] & finite_entries(gradient, axis_name=axis_name)
+            more = [
+                t + jnp.where(used, weights[i].astype(t.dtype) * g.astype(t.dtype), 0)
+                for t, g in zip(totals, gradient, strict=True)
+            ]
+            return more, used
 
-        def add(i: Array, total: Any) -> Any:
-            return jax.tree.map(
-                lambda t, g: t + jnp.where(w[i] == 0, 0, w[i].astype(t.dtype) * g.astype(t.dtype)),
-                total,
-                pull(basis[i]),
-            )
+        zeros = [jnp.zeros_like(x, wide(x.dtype)) for x in whole]
+        totals, used = jax.lax.scan(add, zeros, jnp.arange(len(losses)))
+        return [t.astype(x.dtype) for t, x in zip(totals, whole, strict=True)], used
 
-        total = jax.lax.fori_loop(0, len(w), add, zeros)
-        return jax.tree.map(lambda t, g: t.astype(g.dtype), total, jax.eval_shape(pull, losses))
-
-    return jax.lax.cond(jnp.all(finite), lambda w: pull(w.astype(losses.dtype)), each, weights)
+    whole = pull(weights.astype(losses.dtype))
+    good = jnp.all(finite) & finite_entries(whole, axis_name=axis_name)
+    # All are finite if this is: inside `shard_map` the mask has to vary as the other branch's does.
+    return jax.lax.cond(good, lambda whole: (whole, finite & good), each, whole)

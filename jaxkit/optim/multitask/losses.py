@@ -84,9 +84,9 @@ def inverse_reference(
 
     Source: post 8870.
     """
-    _values(losses)
+    values = _values(losses)
     check_vector("reference", reference, len(losses), positive=True)
-    return 1 / jnp.asarray(reference).astype(losses.dtype)
+    return (1 / jnp.asarray(reference).astype(values.dtype)).astype(losses.dtype)
 
 
 def real_time(losses: Float[Array, " tasks"]) -> Float[Array, " tasks"]:
@@ -138,8 +138,12 @@ def power_mean(losses: Float[Array, " tasks"], *, gamma: float) -> Float[Array, 
     if math.isinf(gamma):
         return (jnp.max(values) if gamma > 0 else jnp.min(values)).astype(losses.dtype)
     logs = jnp.log(values)
+    middle = jnp.mean(logs)
     if gamma == 0:
-        return jnp.exp(jnp.mean(logs)).astype(losses.dtype)
+        return jnp.exp(middle).astype(losses.dtype)
+    if abs(gamma) < 0.1:  # the sum is n (1 + O(γ)): its logarithm over γ would be rounding
+        excess = jnp.log1p(jnp.mean(jnp.expm1(gamma * (logs - middle)))) / gamma
+        return jnp.exp(middle + excess).astype(losses.dtype)
     total = jax.nn.logsumexp(gamma * logs) - math.log(len(losses))
     return jnp.exp(total / gamma).astype(losses.dtype)
 
@@ -237,10 +241,17 @@ def uncertainty_loss(
     Source: Kendall et al. 2018 (arXiv 1705.07115); post 8870.
     """
     check_choice("kind", kind, ("regression", "classification"))
+    values, s = _with_scales(losses, s)
+    half = 0.5 if kind == "regression" else 1.0
+    return jnp.sum(half * values * jnp.exp(-s) + s / 2).astype(losses.dtype)
+
+
+def _with_scales(losses: Array, s: Array) -> tuple[Array, Array]:
+    """Both in the wider type, not detached."""
     _values(losses)
     check_length("s", s, losses)
-    half = 0.5 if kind == "regression" else 1.0
-    return jnp.sum(half * losses * jnp.exp(-s.astype(losses.dtype)) + s.astype(losses.dtype) / 2)
+    dtype = wide(losses.dtype, s.dtype)
+    return losses.astype(dtype), s.astype(dtype)
 
 
 def check_length(name: str, value: Any, losses: Array) -> None:
@@ -306,10 +317,8 @@ def imtl_l_loss(losses: Float[Array, " tasks"], s: Float[Array, " tasks"]) -> Fl
 
     Source: Liu et al. 2021 (IMTL, ICLR).
     """
-    _values(losses)
-    check_length("s", s, losses)
-    s = s.astype(losses.dtype)
-    return jnp.sum(jnp.exp(s) * losses - s)
+    values, s = _with_scales(losses, s)
+    return jnp.sum(jnp.exp(s) * values - s).astype(losses.dtype)
 
 
 def imtl_l(

@@ -28,7 +28,8 @@ def total(gram: Float[Array, "tasks tasks"]) -> Float[Array, " tasks"]:
 
     Source: post 8870.
     """
-    return pick(jnp.ones_like(prepare(gram).norms), prepare(gram), gram)
+    prepared = prepare(gram)
+    return pick(jnp.ones_like(prepared.norms), prepared, gram)
 
 
 def mean(
@@ -113,7 +114,7 @@ def mgda(
     check_choice("normalize", normalize, ("none", "l2", "loss", "loss*l2"))
     check_choice("solver", solver, ("exact", "frank_wolfe"))
     prepared = prepare(gram)
-    G, alive, norms, trace = prepared
+    G, _, norms, trace = prepared
     tasks = len(G)
     scale = jnp.ones_like(norms)
     if "l2" in normalize:
@@ -127,10 +128,10 @@ def mgda(
     if solver == "frank_wolfe":
         weights, _ = frank_wolfe(rows.G, steps=steps)
     elif tasks == 2:
-        weights = _two(rows.G, alive)
+        weights = _two(rows.G, rows.alive)
     else:
-        weights = quadratic(rows.G, jnp.zeros_like(norms), alive, simplex=tuple(range(tasks)))
-    return pick(weights / scale, prepared, gram)
+        weights = quadratic(rows.G, jnp.zeros_like(norms), rows.alive, simplex=tuple(range(tasks)))
+    return pick(weights / jnp.where(rows.alive, scale, 1), prepared, gram)
 
 
 def _two(G: Array, alive: Array) -> Array:
