@@ -216,7 +216,7 @@ def _plot_paths(paths: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> Pa
     with _panels(path, len(paths)) as axes:
         for axis, arm in zip(axes.ravel(), paths, strict=False):
             axis.contour(grid[..., 0], grid[..., 1], mean, 16, colors="0.8", linewidths=0.7)
-            axis.plot(*_pareto_set().T, color="0.4", lw=3)
+            axis.plot(*_pareto_set().T, color="0.4", lw=3, label="Pareto set")
             for points in paths[arm]["x"]:
                 (line,) = axis.plot(*points.T, lw=1.4)
                 axis.plot(*points[0], "o", color=line.get_color(), ms=4)
@@ -225,6 +225,7 @@ def _plot_paths(paths: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> Pa
         for axis in axes.ravel()[len(paths) :]:
             axis.set_axis_off()
         axes[-1, 0].set(xlabel="$x_1$", ylabel="$x_2$")
+        axes[0, 0].legend(frameon=False, fontsize=8, loc="upper center")
     return path
 
 
@@ -232,7 +233,7 @@ def _plot_front(paths: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> Pa
     front = np.asarray(jax.vmap(toy_losses)(jnp.asarray(_pareto_set(), jnp.float32)))
     with _panels(path, len(paths)) as axes:
         for axis, arm in zip(axes.ravel(), paths, strict=False):
-            axis.plot(*front.T, color="0.4", lw=3)
+            axis.plot(*front.T, color="0.4", lw=3, label="Pareto front")
             for losses in paths[arm]["losses"]:
                 (line,) = axis.plot(*losses.T, lw=1.2)
                 axis.plot(*losses[-1], "*", color=line.get_color(), ms=9)
@@ -240,6 +241,7 @@ def _plot_front(paths: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> Pa
         for axis in axes.ravel()[len(paths) :]:
             axis.set_axis_off()
         axes[-1, 0].set(xlabel="$L_1$", ylabel="$L_2$")
+        axes[0, 0].legend(frameon=False, fontsize=8, loc="lower left")
     return path
 
 
@@ -280,10 +282,15 @@ def _reach(results: Results) -> Verdict:
 
 
 def _pcgrad(results: Results) -> Verdict:
-    x2 = _ends(results, "pcgrad", "x2")
-    easy, hard = x2[[1, 3, 4]], x2[[0, 2]]
-    good = (np.abs(easy + 8.4) < 0.06).all() and (hard < -6).all() and (hard > -8.3).any()
-    return Verdict.of(good, f"x2 = {_text(x2)}; below -6 asked, and not there from one of the hard")
+    x2 = _ends(results, "pcgrad", "x2")[[1, 3, 4]]
+    return Verdict.of((np.abs(x2 + 8.4) < 0.06).all(), f"x2 = {_text(x2)}")
+
+
+def _pcgrad_slow(results: Results) -> Verdict:
+    # How long a path stays in the valley hangs on rounding: gradients written out by hand, with
+    # the same optimizer in double precision, end at -8.38 and -5.39.
+    x2 = _ends(results, "pcgrad", "x2")[[0, 2]]
+    return Verdict.of((np.abs(x2 - [-7.6, -7.75]) < 0.1).all(), f"x2 = {_text(x2)}, within 0.1")
 
 
 def _cagrad(results: Results) -> Verdict:
@@ -325,10 +332,11 @@ Toy.claims = tuple(
             "methods card (x2 in [-8.44, -8.36])",
             _reach,
         ),
+        ("PCGrad does too from the other three starts.", "methods card", _pcgrad),
         (
-            "PCGrad does too, but is slow from the two hard starts.",
-            "methods card (-7.60 and -7.75 after 50 000 steps)",
-            _pcgrad,
+            "PCGrad is slow from (-8.5, 7.5) and (9, 9): by the end at x2 = -7.60 and -7.75.",
+            "methods card",
+            _pcgrad_slow,
         ),
         (
             "CAGrad goes to the minimum of the mean; from the hard starts it takes longer.",
@@ -523,7 +531,11 @@ class Digits(Experiment):
                     x, y = (results.metric(arm, _at(name, factor)) for name in ("ink", "digit"))
                     (line,) = axis.plot(x, y, ".", alpha=0.5)
                     axis.plot(x.mean(), y.mean(), "o", color=line.get_color(), label=arm)
-                axis.set(xlabel="ink: unexplained variance", xscale="log")
+                axis.set(xlabel="ink: unexplained variance", xscale="log", yscale="log")
+                for ticks in (axis.xaxis, axis.yaxis):  # 0.02, 0.05, 0.1 rather than powers
+                    ticks.get_major_locator().set_params(subs=(1, 2, 5))
+                    ticks.set_major_formatter("{x:g}")
+                    ticks.set_minor_formatter("")
                 axis.set_title(f"third loss × {factor:g}", fontsize=10)
                 axis.spines[["top", "right"]].set_visible(False)
             axes[0, 0].set_ylabel("digit: error rate")
