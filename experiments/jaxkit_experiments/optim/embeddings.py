@@ -322,39 +322,47 @@ def _optimizers(k: int) -> dict[str, optax.GradientTransformation]:
     }
 
 
-def weights_after(config: EmbeddingConfig, k: int, seed: int, windows: np.ndarray) -> Any:
+def first_weights(config: EmbeddingConfig) -> Any:
+    """The model's weights before training, `nnx.State` with an axis for the seeds in front."""
+
+    def draw(key: jax.Array) -> Any:
+        parts: Any = nnx.split(NextToken(config, rngs=nnx.Rngs(key)))
+        return parts[1]
+
+    return jax.jit(jax.vmap(draw))(jnp.stack([jax.random.key(seed) for seed in config.seeds]))
+
+
+def weights_after(config: EmbeddingConfig, k: int, weights: Any, windows: np.ndarray) -> Any:
     """Weights after Tiger has seen the batches, each as `k` micro-batches.
 
     Args:
       config: of the model and the rates.
       k: micro-batches of a batch.
-      seed: of the weights.
-      windows: `[updates, batch, 3]`.
+      weights: `first_weights`.
+      windows: `[seeds, updates, batch, 3]`.
 
     Returns:
       The weights; float64 where JAX has it.
     """
     wide = jax.dtypes.canonicalize_dtype(np.float64)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: NextToken(config, rngs=nnx.Rngs(0))))
     rate = schedule(config, config.rate)
     optimizer = tiger(
         lambda count: rate(count // k), weight_decay=config.weight_decay, accumulation_steps=k
     )
 
-    @jax.jit
-    def run(key: jax.Array, micro: jax.Array) -> Any:
-        parts: Any = nnx.split(NextToken(config, rngs=nnx.Rngs(key)))
-        graphdef, params = parts
+    def step(carry: Any, batch: jax.Array) -> Any:
+        params, state = carry
+        grads = jax.grad(lambda p: mean_loss(nnx.merge(graphdef, p), batch))(params)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(params: Any, micro: jax.Array) -> Any:
         params = jax.tree.map(lambda leaf: leaf.astype(wide), params)
-
-        def step(carry: Any, batch: jax.Array) -> Any:
-            params, state = carry
-            grads = jax.grad(lambda p: mean_loss(nnx.merge(graphdef, p), batch))(params)
-            updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
         return jax.lax.scan(step, (params, optimizer.init(params)), micro)[0][0]
 
-    return run(jax.random.key(seed), windows.reshape(-1, windows.shape[1] // k, 3))
+    seeds, _, batch, _ = windows.shape
+    return jax.jit(jax.vmap(run))(weights, windows.reshape(seeds, -1, batch // k, 3))
 
 
 # --- claims ------------------------------------------------------------------------------------
@@ -646,25 +654,31 @@ class EmbeddingAnomaly(Experiment):
         self, config: EmbeddingConfig, sources: Sequence[Windows], ctx: Context
     ) -> Mapping[str, Sequence[float]]:
         """Micro-batches against whole batches, and the bytes of states."""
-        metrics: dict[str, list[float]] = {"difference": [], "apart": [], "difference_x64": []}
-        with ctx.progress("accumulation", 4 * len(sources)) as task:
-            for seed, source in zip(config.seeds, sources, strict=True):
-                windows = np.stack([source[n]["bytes"] for n in range(config.accumulation_steps)])
-                for wide in (False, True):
-                    flat = []
-                    with jax.enable_x64(wide):
-                        for k in (1, config.micro_batches):
-                            weights = weights_after(config, k, seed, windows)
-                            leaves = map(np.ravel, jax.tree.leaves(weights))
-                            flat.append(np.concatenate(list(leaves)))
-                            task.advance()
-                    apart = np.abs(flat[0] - flat[1])
-                    metrics["difference_x64" if wide else "difference"].append(float(apart.max()))
-                    if not wide:
-                        metrics["apart"].append(float(np.mean(apart > 1e-5)))
-        shapes = nnx.state(nnx.eval_shape(lambda: NextToken(config, rngs=nnx.Rngs(0))), nnx.Param)
+        weights = first_weights(config)
+        windows = np.stack(
+            [
+                [source[step]["bytes"] for step in range(config.accumulation_steps)]
+                for source in sources
+            ]
+        )
+        metrics: dict[str, list[float]] = {}
+        with ctx.progress("accumulation", 4) as task:
+            for wide in (False, True):
+                flat = []
+                with jax.enable_x64(wide):
+                    for k in (1, config.micro_batches):
+                        leaves = jax.tree.leaves(weights_after(config, k, weights, windows))
+                        flat.append(
+                            np.concatenate([np.reshape(x, (len(sources), -1)) for x in leaves], 1)
+                        )
+                        task.advance()
+                apart = np.abs(flat[0] - flat[1])
+                metrics["difference_x64" if wide else "difference"] = apart.max(1).tolist()
+                if not wide:
+                    metrics["apart"] = np.mean(apart > 1e-5, axis=1).tolist()
+        one = jax.tree.map(lambda leaf: leaf[0], weights)
         for name, optimizer in _optimizers(config.micro_batches).items():
-            metrics[f"bytes[{name}]"] = [state_bytes(optimizer, shapes)] * len(sources)
+            metrics[f"bytes[{name}]"] = [state_bytes(optimizer, one)] * len(sources)
         return metrics
 
     def plot(self, results: Results, ctx: Context) -> list[Path]:
