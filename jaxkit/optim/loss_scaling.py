@@ -131,7 +131,8 @@ def dynamic_loss_scale(
       axis_name: Axes over which all devices must agree on a bad step; see `all_finite`.
 
     Returns:
-      An optax transformation. Its state adds 17 bytes to that of `inner`.
+      An optax transformation. Its state adds 17 bytes to that of `inner`. A step holds the old
+      state of `inner` beside the new one, until it is known whether the update is finite.
 
     Raises:
       TypeError: An argument is of the wrong type.
@@ -293,30 +294,35 @@ def _scaled(
                 "params must be given to update with on_non_finite='shrink'; got None."
             )
         given = grads if params is None else params
-        grads = jax.tree.map(_widened, grads)
-        if unscale:
-            grads = jax.tree.map(
+        wide_params = None if params is None else jax.tree.map(_widened, params)
+
+        def gradients() -> Any:
+            # Divided where they are read, twice: the quotients are never stored.
+            found = jax.tree.map(_widened, grads)
+            if not unscale:
+                return found
+            return jax.tree.map(
                 lambda factor, branch: jax.tree.map(
                     lambda g: g / (state.scale * factor).astype(g.dtype), branch
                 ),
                 leaf_factors,
-                grads,
-            )
-        finite = all_finite(grads, axis_name=axis_name)
-        wide_params = None if params is None else jax.tree.map(_widened, params)
-
-        if on_non_finite == "zero_leaves":
-            grads = jax.tree.map(
-                lambda g: jnp.where(all_finite(g, axis_name=axis_name), g, jnp.zeros_like(g)),
-                grads,
+                found,
             )
 
-        def step(grads: Any) -> tuple[Any, Any, Array]:
-            updates, inner_state = inner.update(grads, state.inner_state, wide_params, **extra_args)
+        finite = all_finite(gradients(), axis_name=axis_name)
+
+        def step() -> tuple[Any, Any, Array]:
+            found = gradients()
+            if on_non_finite == "zero_leaves":
+                found = jax.tree.map(
+                    lambda g: jnp.where(all_finite(g, axis_name=axis_name), g, jnp.zeros_like(g)),
+                    found,
+                )
+            updates, inner_state = inner.update(found, state.inner_state, wide_params, **extra_args)
             updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, given)
             return updates, inner_state, all_finite(updates, axis_name=axis_name)
 
-        kinds = jax.eval_shape(step, grads)
+        kinds = jax.eval_shape(step)
 
         def pass_over() -> tuple[Any, Any, Array]:
             instead = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), given)
@@ -328,8 +334,8 @@ def _scaled(
 
         def attempt() -> tuple[Any, Any, Array]:
             # Finite gradients may have no finite update: 0/0 without an ε, a step beyond float16.
-            done = step(grads)
-            return jax.lax.cond(done[-1], lambda: done, pass_over)
+            done = step()
+            return jax.tree.map(lambda new, old: jnp.where(done[-1], new, old), done, pass_over())
 
         # A branch of its own, so that a good step is compiled as the optimizer alone would be.
         usable = jnp.asarray(True) if on_non_finite == "zero_leaves" else finite

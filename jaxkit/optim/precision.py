@@ -5,6 +5,9 @@
 | float16  | 65504   | 6.1e-5       | 6.0e-8 | 9.8e-4       |
 | bfloat16 | 3.4e38  | 1.2e-38      |        | 7.8e-3       |
 | float32  | 3.4e38  | 1.2e-38      |        | 1.2e-7       |
+
+No policy says how float32 products are formed: GPUs may round their factors to TF32, TPUs to
+bfloat16. A baseline in float32 should state its `jax_default_matmul_precision`.
 """
 
 import dataclasses

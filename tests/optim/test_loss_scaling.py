@@ -235,7 +235,10 @@ def dyadic(count=STEPS):
 
 def base(window=1):
     momentum = optax.sgd(0.5, momentum=0.5)
-    return optax.MultiSteps(momentum, window).gradient_transformation() if window > 1 else momentum
+    if window == 1:
+        return momentum
+    # Sums, since a mean begins anew by itself where a window is empty.
+    return optax.MultiSteps(momentum, window, use_grad_mean=False).gradient_transformation()
 
 
 def trainer(optimizer):
@@ -259,23 +262,23 @@ def expected(window=1, rule="skip"):
     """The same by the card's words, in NumPy."""
     gradients, p = dyadic(), dict(START)
     zeros = lambda: {name: np.zeros_like(x) for name, x in START.items()}
-    velocity, mean, micro = zeros(), zeros(), 0
+    velocity, window_sum, count = zeros(), zeros(), 0
     scale, good, total, row = 8.0, 0, 0, 0
     history = []
     for step, leaf in enumerate(BAD_LEAF):
         if leaf:
             scale, good, total, row = max(scale / 2, 2.0), 0, total + 1, row + 1
             if rule == "void_window":
-                mean, micro = zeros(), 0
+                window_sum, count = zeros(), 0
         else:
-            good, row, micro = good + 1, 0, micro + 1
+            good, row, count = good + 1, 0, count + 1
             if good == 3:
                 scale, good = min(2 * scale, 8.0), 0
-            mean = {name: mean[name] + gradients[name][step] / window for name in mean}
-            if micro == window:
-                velocity = {name: velocity[name] / 2 + mean[name] for name in mean}
+            window_sum = {name: window_sum[name] + gradients[name][step] for name in window_sum}
+            if count == window:
+                velocity = {name: velocity[name] / 2 + window_sum[name] for name in window_sum}
                 p = {name: p[name] - velocity[name] / 2 for name in p}
-                mean, micro = zeros(), 0
+                window_sum, count = zeros(), 0
         history.append((p, scale, good, total, row))
     return jax.tree.map(lambda *x: np.stack(x), *history)
 

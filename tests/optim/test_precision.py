@@ -67,6 +67,7 @@ def test_safe_eps_and_mask_value_survive_their_type():
                 assert np.isfinite(np.asarray(1 / jnp.asarray(held, dtype), np.float64))
         lowest = jnp.asarray(mask_value(dtype), dtype)
         assert np.isfinite(np.asarray(lowest, np.float64))
+        assert float(jnp.nextafter(lowest, jnp.asarray(-jnp.inf, dtype))) == -np.inf
     assert safe_eps(jnp.float16, 1e-3) == 1e-3
     assert safe_eps(jnp.float32, 1e-8) == 1e-8
     with pytest.raises(ValueError, match="eps must be"):
@@ -209,6 +210,9 @@ def test_masked_softmax_options_and_errors():
     uniform = masked_softmax(x, none, fully_masked="uniform")
     np.testing.assert_array_equal(np.asarray(uniform, np.float32), 0.25)
     np.testing.assert_array_equal(masked_softmax(x, ~none), 0.25)
+    # The sum of the exponentials is beyond float16.
+    many = masked_softmax(jnp.zeros(70_000, jnp.float16), jnp.ones(70_000, bool))
+    np.testing.assert_allclose(np.asarray(many, np.float64), 1 / 70_000, atol=2.0**-25, rtol=0)
     # A score of -inf is no score, be it all that the mask keeps.
     hidden = jnp.asarray([[-jnp.inf, -jnp.inf, 1, 1], [-jnp.inf, 1, 1, -jnp.inf]], jnp.float16)
     keep = jnp.asarray([[True, True, False, False], [True, True, True, True]])
