@@ -1,12 +1,24 @@
 """The mixed-precision experiment: its arms differ in what they are said to differ in."""
 
 import dataclasses
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
-from jaxkit_experiments.experiment import Context, Results
-from jaxkit_experiments.optim.precision import MixedPrecision, MixedPrecisionConfig
+from jaxkit_experiments.experiment import Results
+from jaxkit_experiments.optim.precision import (
+    CARD,
+    LANGUAGE,
+    MixedPrecision,
+    MixedPrecisionConfig,
+    data,
+    faulty,
+    task,
+    transformer,
+)
 
+from tests.experiments.smoke import smoke_run
 from tests.settings import users_settings
 
 CONFIG = MixedPrecisionConfig(
@@ -15,9 +27,6 @@ CONFIG = MixedPrecisionConfig(
         "float16",
         "float16-dynamic",
         "fault-none",
-        "traps-mask",
-        "traps-epsilon",
-        "traps-none",
     ),
     seeds=(0, 1),
     steps=40,
@@ -30,11 +39,9 @@ CONFIG = MixedPrecisionConfig(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    experiment, folder = MixedPrecision(), tmp_path_factory.mktemp("run")
-    run = lambda arm: experiment.run_arm(CONFIG, arm, Context(folder).for_arm(arm))
     # As a user runs it, with 32-bit types and the usual promotion.
-    with users_settings():
-        return Results(CONFIG, {arm: run(arm) for arm in CONFIG.arms}), folder
+    ctx, _, arms = smoke_run(MixedPrecision(), tmp_path_factory.mktemp("run"), CONFIG)
+    return Results(CONFIG, arms), ctx
 
 
 def test_float16_gradients_are_zeros_unless_scaled(results):
@@ -46,25 +53,65 @@ def test_float16_gradients_are_zeros_unless_scaled(results):
     assert results.mean("float16", "train_loss") > 1.3 * full.mean()
 
 
-def test_faults_and_traps_end_in_nan_and_count_as_wrong(results):
+def test_faults_end_in_nan_and_count_as_wrong(results):
     results, _ = results
-    for arm in ("fault-none", "traps-mask", "traps-epsilon"):
-        assert results.mean(arm, "accuracy") == 0.0
-        assert not results.has(arm, "train_loss")
-    assert results.mean("traps-none", "accuracy") > 0.2
+    assert results.mean("fault-none", "accuracy") == 0.0
+    assert not results.has("fault-none", "train_loss")
+
+
+@pytest.mark.parametrize("traps", [(), ("mask",), ("epsilon",)])
+def test_each_trap_alone_gives_nan_in_float16(traps):
+    made = task(CONFIG, "traps-none")
+    with users_settings():
+        params, _ = jax.jit(made.init)(jax.random.key(0))
+        weights, images = made.policy.cast_to_compute((params, data("traps-none")[2][:64]))
+        logits = jax.jit(partial(transformer, traps=traps))(weights, images)
+    assert logits.dtype == np.float16
+    assert bool(np.isfinite(logits).all()) == (not traps)
+
+
+def test_the_language_model_computes_in_the_types_of_its_arm():
+    assert "vq-float16" in MixedPrecision.presets["smoke"].arms  # which the CI runs
+    tokens = data("vq-float16")[0][:2]
+    assert (tokens.min(), tokens.max()) == (0, 16)
+    assert MixedPrecision.presets["cpu"].arms[-3:] == LANGUAGE
+    for arm, kind in (("vq-bfloat16", "bf16"), ("vq-float16", "f16")):
+        made = task(CONFIG, arm)
+        with users_settings():
+            params, rest = jax.eval_shape(made.init, jax.random.key(0))
+            assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+            compute = made.policy.cast_to_compute(params)
+            text = str(jax.make_jaxpr(made.logits)(compute, rest, tokens))
+        attention = [line for line in text.splitlines() if "dot_general" in line]
+        assert sum(f" {kind}[" in line or f":{kind}[" in line for line in attention) > 5
+
+
+def test_faults_come_as_often_as_the_config_says():
+    steps = range(400)
+    config = dataclasses.replace(CONFIG, steps=400, fault_rate=0.1)
+    bad = np.asarray([[faulty(config, seed, step) for step in steps] for seed in range(5)])
+    assert bad[:, 200:203].all()
+    np.testing.assert_allclose(bad.mean(), 0.1 + 0.9 * 3 / 400, atol=4 * np.sqrt(0.09 / 2000))
+    assert not np.array_equal(bad[0], bad[1])
 
 
 def test_claims_and_plot(results):
-    results, folder = results
+    results, ctx = results
     claims = {claim.text: claim.judge(results) for claim in MixedPrecision.claims}
-    assert sum(v.status == "not testable" for v in claims.values()) == 5, claims
-    plots = MixedPrecision().plot(results, Context(folder))
+    assert sum(v.status == "not testable" for v in claims.values()) == 6, claims
+    claim = MixedPrecision.claims[-1]
+    for loss, status in ((1.01, "held"), (0.97, "not held"), (1.03, "not held")):
+        losses = dict(zip(LANGUAGE, (1.0, 1.0, loss), strict=True))
+        made = Results(CONFIG, {arm: {"train_loss": [x]} for arm, x in losses.items()})
+        assert claim.judge(made).status == status
+    plots = MixedPrecision().plot(results, ctx)
     assert all(path.stat().st_size > 10_000 for path in plots)
 
 
 def test_presets_and_errors():
     assert {"smoke", "cpu", "gpu"} == set(MixedPrecision.presets)
     assert MixedPrecision.presets["cpu"].arms == MixedPrecision.arms
+    assert set(MixedPrecision.paper) == set(CARD) < set(MixedPrecision.arms)
     for change, message in (
         ({"arms": ("float17",)}, "arms must be one of"),
         ({"fault_rate": 2.0}, "fault_rate must be"),

@@ -2,10 +2,11 @@
 
     jaxkit run mixed-precision --preset cpu
 
-Three questions, one group of arms each. *Tiny gradients*: the loss is multiplied by 2^-18, so that
+Four questions, one group of arms each. *Tiny gradients*: the loss is multiplied by 2^-18, so that
 float16 holds almost none of its gradients; does a scaled loss bring them back? *Faults*: the
 gradients of some batches are infinite; what is left of the model? *Traps*: a transformer with
-paddings in float16, whose mask and ε are those of float32.
+paddings in float16, whose mask and ε are those of float32. *Language model*: the toolkit's
+Transformer-VQ on the pixels, one after the other; does half precision cost anything?
 
 Sources: Micikevicius et al. 2018 (arXiv 1710.03740); kexue.fm 9059.
 """
@@ -17,14 +18,16 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from jaxkit._checks import check_choice, check_int, check_real
+from jaxkit.attention.vq import VQTransformer
 from jaxkit.optim.loss_scaling import (
     dynamic_loss_scale,
     loss_scale,
@@ -34,7 +37,7 @@ from jaxkit.optim.loss_scaling import (
 )
 from jaxkit.optim.precision import Policy, layer_norm, masked_softmax
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
-from jaxkit_experiments.optim.classifiers import digits
+from jaxkit_experiments.optim.classifiers import Batches, digits
 from jaxkit_experiments.plots import figure
 
 __all__ = ["MixedPrecision", "MixedPrecisionConfig"]
@@ -42,6 +45,15 @@ __all__ = ["MixedPrecision", "MixedPrecisionConfig"]
 TINY = ("float32", "bfloat16", "float16", "float16-static", "float16-dynamic")
 FAULTS = ("fault-none", "fault-apply-if-finite", "fault-skip")
 TRAPS = ("traps-both", "traps-mask", "traps-epsilon", "traps-none")
+LANGUAGE = ("vq-float32", "vq-bfloat16", "vq-float16")
+# The card's pilot, the middles of its ranges.
+CARD: Mapping[str, tuple[float, float, float]] = {
+    "float32": (0.989, 0.0023, 0.109),
+    "bfloat16": (0.989, 0.0023, 0.109),
+    "float16": (0.092, 2.395, 1.0),
+    "float16-static": (0.9885, 0.0025, 0.23),
+    "float16-dynamic": (0.9885, 0.0023, 0.12),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +72,12 @@ class MixedPrecisionConfig:
       growth_interval: of dynamic scaling.
       fault_rate: share of batches whose gradients are infinite.
       fault_run: so many bad batches come in a row half-way; `apply_if_finite` bears five.
+      language_steps: updates of the language model.
+      language_batch: images of one of them.
       report_every: steps between two reports.
     """
 
-    arms: tuple[str, ...] = TINY + FAULTS + TRAPS
+    arms: tuple[str, ...] = TINY + FAULTS + TRAPS + LANGUAGE
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 800
     batch_size: int = 256
@@ -74,12 +88,22 @@ class MixedPrecisionConfig:
     growth_interval: int = 100
     fault_rate: float = 0.01
     fault_run: int = 10
+    language_steps: int = 60
+    language_batch: int = 8
     report_every: int = 100
 
     def __post_init__(self) -> None:
         for arm in self.arms:
             check_choice("arms", arm, MixedPrecision.arms)
-        for name in ("steps", "batch_size", "width", "growth_interval", "report_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "width",
+            "growth_interval",
+            "language_steps",
+            "language_batch",
+            "report_every",
+        ):
             check_int(name, getattr(self, name), least=1)
         check_int("fault_run", self.fault_run, least=0)
         check_real("learning_rate", self.learning_rate, above=0.0)
@@ -161,34 +185,118 @@ def transformer(params: Any, images: jax.Array, *, traps: tuple[str, ...]) -> ja
     return norm(pooled) @ params["read"]
 
 
-def setting(
-    config: MixedPrecisionConfig, arm: str
-) -> tuple[Callable[..., Any], Callable[..., Any], Policy, Any, float]:
-    """Of an arm: weights, logits, types, optimizer, and the factor of the loss."""
+class Task(NamedTuple):
+    """What an arm trains, in which types, and how.
+
+    Attributes:
+      init: weights of a random key, and what else the model has that no gradient moves.
+      logits: of weights, the rest, and inputs: logits and the rest after them.
+      policy: the types.
+      optimizer: what moves the weights.
+      factor: of the loss.
+    """
+
+    init: Callable[[jax.Array], tuple[Any, Any]]
+    logits: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+    policy: Policy
+    optimizer: Any
+    factor: float = 1.0
+
+
+def language_model(config: MixedPrecisionConfig, policy: Policy) -> tuple[Any, Any]:
+    """`init` and `logits` of the toolkit's Transformer-VQ; its codebooks follow its keys."""
+
+    def build(key: jax.Array) -> VQTransformer:
+        return VQTransformer(
+            17,
+            dim=config.width,
+            layers=2,
+            key_dim=16,
+            num_codes=16,
+            block_length=8,
+            dtype=policy.compute_dtype,
+            rngs=nnx.Rngs(key),
+        )
+
+    def parts(model: VQTransformer) -> Any:
+        return nnx.split(model, nnx.Param, ...)[1:]
+
+    graph = nnx.graphdef(nnx.eval_shape(build, jax.random.key(0)))
+
+    def logits(params: Any, rest: Any, tokens: jax.Array) -> Any:
+        model = nnx.merge(graph, params, rest, copy=True)
+        out, statistics = model(tokens, statistics=True)
+        model.update_codebooks(statistics)
+        return out, parts(model)[1]
+
+    return lambda key: parts(build(key)), logits
+
+
+def task(config: MixedPrecisionConfig, arm: str) -> Task:
+    """The task of an arm."""
     adam = optax.adam(config.learning_rate, eps=1e-12)
     dynamic = partial(dynamic_loss_scale, growth_interval=config.growth_interval)
     half = Policy.parse("float16-mixed")
+    policies = {"float32": Policy(), "bfloat16": Policy.parse("bfloat16-mixed")}
+
+    def plain(
+        init: Callable[..., Any], logits: Callable[..., Any], *given: Any, **options: Any
+    ) -> Task:
+        return Task(
+            lambda key: (init(config, key), ()),
+            lambda params, rest, images: (logits(params, images), rest),
+            *given,
+            **options,
+        )
+
     if arm in TINY:
-        policy = {"float32": Policy(), "bfloat16": Policy.parse("bfloat16-mixed")}.get(arm, half)
         optimizer = {
             "float16-static": static_loss_scale(adam, config.static_scale),
             "float16-dynamic": dynamic(adam),
         }.get(arm, static_loss_scale(adam, 1.0))
-        return init_mlp, mlp, policy, optimizer, 2.0**config.loss_exponent
+        factor = 2.0**config.loss_exponent
+        return plain(init_mlp, mlp, policies.get(arm, half), optimizer, factor=factor)
     if arm in FAULTS:
         optimizer = {
             "fault-none": adam,
             "fault-apply-if-finite": optax.apply_if_finite(adam, 5),
             "fault-skip": dynamic(adam),
         }[arm]
-        return init_mlp, mlp, half if arm == "fault-skip" else Policy(), optimizer, 1.0
-    traps = {
-        "traps-both": ("mask", "epsilon"),
-        "traps-mask": ("mask",),
-        "traps-epsilon": ("epsilon",),
-        "traps-none": (),
-    }[arm]
-    return init_transformer, partial(transformer, traps=traps), half, dynamic(adam), 1.0
+        return plain(init_mlp, mlp, half if arm == "fault-skip" else Policy(), optimizer)
+    if arm in TRAPS:
+        traps = {
+            "traps-both": ("mask", "epsilon"),
+            "traps-mask": ("mask",),
+            "traps-epsilon": ("epsilon",),
+            "traps-none": (),
+        }[arm]
+        return plain(init_transformer, partial(transformer, traps=traps), half, dynamic(adam))
+    policy = policies.get(arm.removeprefix("vq-"), half)
+    optimizer = dynamic(adam) if policy is half else static_loss_scale(adam, 1.0)
+    return Task(*language_model(config, policy), policy, optimizer)
+
+
+def data(arm: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs and targets to train on, then to test on: images and digits, or pixel by pixel."""
+    images = digits()
+    train, test = (x.reshape(-1, 64) for x in (images.train_images, images.test_images))
+    if arm not in LANGUAGE:
+        return train, images.train_labels, test, images.test_labels
+    tokens = [np.rint(16 * x).astype(np.int32) for x in (train, test)]
+    return tokens[0][:, :-1], tokens[0][:, 1:], tokens[1][:, :-1], tokens[1][:, 1:]
+
+
+def faulty(config: MixedPrecisionConfig, seed: int, number: int) -> bool:
+    """Whether a step's gradients are infinite in the arms with faults."""
+    run = range(config.steps // 2, config.steps // 2 + config.fault_run)
+    return number in run or np.random.default_rng((seed, number)).random() < config.fault_rate
+
+
+def first_layer(grads: Any) -> jax.Array:
+    """The gradients of the layer that the inputs meet first."""
+    if "layer0" in grads:
+        return grads["layer0"]["w"]
+    return jnp.asarray(jax.tree.leaves(grads["embedding" if "embedding" in grads else "embed"])[0])
 
 
 def _scale(opt_state: Any) -> jax.Array:
@@ -206,91 +314,99 @@ class MixedPrecision(Experiment):
     title = "Half precision: loss scaling, bad batches, and constants that float16 cannot hold"
     description = (
         "The digits, 1400 to train and 397 to test. `zeros` is the share of zeros among the "
-        "gradients of the first layer, over all steps (some pixels are always blank)."
+        "gradients of the first layer, over all steps (some pixels are always blank). For the "
+        "language model, `accuracy` is that of the next pixel, one of 17 greys."
     )
     sources = ("arXiv 1710.03740", "kexue.fm 9059")
     config_class = MixedPrecisionConfig
-    arms = TINY + FAULTS + TRAPS
+    arms = TINY + FAULTS + TRAPS + LANGUAGE
     columns = ("accuracy", "train_loss", "zeros", "final_scale", "skipped", "seconds")
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        arm: dict(zip(("accuracy", "train_loss", "zeros"), values, strict=True))
+        for arm, values in CARD.items()
+    }
+    paper_note = "The numbers beside are the methods card's, the middles of their ranges, 3 seeds."
     presets: ClassVar[Mapping[str, Any]] = {}
     claims: ClassVar[tuple[Claim, ...]] = ()
 
     def run_arm(self, config: Any, arm: str, ctx: Context) -> Mapping[str, list[float]]:
-        init, logits, policy, optimizer, factor = setting(config, arm)
-        images = digits()
-        train_x, train_y = images.train_images.reshape(-1, 64), images.train_labels
-        test_x, test_y = images.test_images.reshape(-1, 64), images.test_labels
-        batch_size = min(config.batch_size, len(train_y))
+        init, logits, policy, optimizer, factor = task(config, arm)
+        train_x, train_y, test_x, test_y = data(arm)
+        language = arm in LANGUAGE
+        count = config.language_steps if language else config.steps
+        batch_size = min(config.language_batch if language else config.batch_size, len(train_y))
+        sources = [Batches(train_x, train_y, batch_size, seed) for seed in config.seeds]
 
-        def mean_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            out = logits(params, x).astype(jnp.float32)
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(out, y))
+        def mean_loss(out: jax.Array, y: jax.Array) -> jax.Array:
+            losses = optax.softmax_cross_entropy_with_integer_labels(out.astype(jnp.float32), y)
+            return jnp.mean(losses)
 
-        def loss(params: Any, x: jax.Array, y: jax.Array) -> Any:
-            value = mean_loss(params, x, y)
-            return value * np.float32(factor), value
+        def step(carry: Any, batch: Any) -> Any:
+            params, rest, state = carry
+            x, y, bad = batch
 
-        value_and_grad = scaled_value_and_grad(loss, policy=policy, has_aux=True)
+            def loss(params: Any, x: jax.Array) -> Any:
+                out, after = logits(params, rest, x)
+                value = mean_loss(out, y)
+                return value * np.float32(factor), (value, after)
 
-        def step(carry: Any, number: jax.Array) -> Any:
-            params, state, key = carry
-            own = jax.random.fold_in(key, number)
-            index = jax.random.choice(own, len(train_y), (batch_size,), replace=False)
-            x, y = jnp.asarray(train_x)[index], jnp.asarray(train_y)[index]
-            (_, value), grads, _ = value_and_grad(_scale(state), params, x, y)
-            first = jax.tree.leaves(grads)[-1] if arm in TRAPS else grads["layer0"]["w"]
-            zeros = jnp.mean(first == 0, dtype=jnp.float32)
+            gradients = scaled_value_and_grad(loss, policy=policy, has_aux=True)
+            (_, (value, rest)), grads, _ = gradients(_scale(state), params, x)
+            zeros = jnp.mean(first_layer(grads) == 0, dtype=jnp.float32)
             if arm in FAULTS:
-                start = config.steps // 2
-                bad = jax.random.bernoulli(jax.random.fold_in(own, 1), config.fault_rate)
-                bad |= (number >= start) & (number < start + config.fault_run)
                 grads = jax.tree.map(lambda g: jnp.where(bad, jnp.inf, g), grads)
             updates, state = optimizer.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state, key), (value, zeros)
+            return (optax.apply_updates(params, updates), rest, state), (value, zeros)
 
         @jax.jit
-        def steps(carry: Any, numbers: jax.Array) -> Any:
-            return jax.vmap(lambda c: jax.lax.scan(step, c, numbers))(carry)
+        def start(keys: jax.Array) -> Any:
+            return jax.vmap(lambda key: (*(made := init(key)), optimizer.init(made[0])))(keys)
 
         @jax.jit
-        def evaluate(params: Any) -> tuple[jax.Array, jax.Array]:
-            def of(params: Any) -> tuple[jax.Array, jax.Array]:
-                half = policy.cast_to_compute(params)
-                out = logits(half, policy.cast_to_compute(jnp.asarray(test_x)))
+        def steps(carry: Any, batches: Any) -> Any:
+            return jax.vmap(lambda *given: jax.lax.scan(step, *given))(carry, batches)
+
+        @jax.jit
+        def evaluate(params: Any, rest: Any, x: jax.Array, y: jax.Array) -> Any:
+            def of(params: Any, rest: Any) -> tuple[jax.Array, jax.Array]:
+                params, inputs = policy.cast_to_compute(params), policy.cast_to_compute(x)
+                out = logits(params, rest, inputs)[0]
                 # What is NaN is no answer, and argmax would take it for class 0.
-                right = (jnp.argmax(out, axis=-1) == test_y) & jnp.isfinite(out).all(axis=-1)
-                inputs = policy.cast_to_compute(jnp.asarray(train_x))
-                return jnp.mean(right, dtype=jnp.float32), mean_loss(
-                    half, inputs, jnp.asarray(train_y)
-                )
+                right = (jnp.argmax(out, axis=-1) == y) & jnp.isfinite(out).all(axis=-1)
+                return jnp.mean(right, dtype=jnp.float32), mean_loss(out, y)
 
-            return jax.vmap(of)(params)
+            return jax.vmap(of)(params, rest)
 
-        keys = jnp.stack([jax.random.key(seed) for seed in config.seeds])
-        params = jax.vmap(partial(init, config))(keys)
-        carry = params, jax.vmap(optimizer.init)(params), keys
+        def batches(numbers: range) -> Any:
+            found = [[source[number] for number in numbers] for source in sources]
+            stack = lambda name: np.asarray([[each[name] for each in row] for row in found])
+            bad = [[faulty(config, seed, number) for number in numbers] for seed in config.seeds]
+            return stack("images"), stack("labels"), np.asarray(bad)
+
+        carry = start(jnp.stack([jax.random.key(seed) for seed in config.seeds]))
         zeros: list[np.ndarray] = []
         began = time.perf_counter()
-        with ctx.progress(arm, config.steps) as progress:
-            for start in range(0, config.steps, config.report_every):
-                numbers = jnp.arange(start, min(start + config.report_every, config.steps))
-                carry, (values, shares) = steps(carry, numbers)
+        with ctx.progress(arm, count) as progress:
+            for first in range(0, count, config.report_every):
+                numbers = range(first, min(first + config.report_every, count))
+                carry, (values, shares) = steps(carry, batches(numbers))
                 zeros.append(np.asarray(shares))
                 mean = np.asarray(values).mean(1)
-                ctx.log(step=int(numbers[-1]) + 1, split="train", loss=mean.tolist())
+                ctx.log(step=numbers[-1] + 1, split="train", loss=mean.tolist())
                 progress.advance(len(numbers), loss=float(mean.mean()))
-        accuracy, train_loss = evaluate(carry[0])
+        params, rest, opt_state = carry
+        accuracy, _ = evaluate(params, rest, test_x, test_y)
+        seen = slice(len(test_x)) if language else slice(None)  # one compilation less
+        _, train_loss = evaluate(params, rest, train_x[seen], train_y[seen])
         seconds = time.perf_counter() - began
-        count = len(config.seeds)
         metrics = {
             "accuracy": np.asarray(accuracy, np.float64).tolist(),
             "train_loss": np.asarray(train_loss, np.float64).tolist(),
             "zeros": np.concatenate(zeros, axis=1).mean(1).tolist(),
-            "seconds": [seconds] * count,
+            "seconds": [seconds] * len(config.seeds),
         }
         try:
-            scaling = loss_scale_state(carry[1])
+            scaling = loss_scale_state(opt_state)
         except ValueError:
             return metrics
         return metrics | {
@@ -303,7 +419,8 @@ class MixedPrecision(Experiment):
         with figure(path, figsize=(6.2, 0.5 + 0.32 * len(results.arms))) as axis:
             for row, arm in enumerate(results.arms):
                 values = results.metric(arm, "accuracy")
-                color = {"f": "C0", "b": "C0", "t": "C2"}[arm[0]] if arm not in FAULTS else "C1"
+                groups = (TINY, FAULTS, TRAPS, LANGUAGE)
+                color = f"C{next(n for n, group in enumerate(groups) if arm in group)}"
                 axis.barh(row, values.mean(), color=color, alpha=0.6)
                 axis.plot(values, [row] * len(values), ".", color="0.2", ms=4)
             axis.set_yticks(range(len(results.arms)), results.arms, fontsize=8)
@@ -355,6 +472,14 @@ def _traps(results: Results) -> Verdict:
     )
 
 
+def _language(results: Results) -> Verdict:
+    full, *half = (results.mean(arm, "train_loss") for arm in LANGUAGE)
+    return Verdict.of(
+        all(abs(value / full - 1) < 0.02 for value in half),
+        f"loss in float32 {full:.4f}, bfloat16 {half[0]:.4f}, float16 {half[1]:.4f}; 2 % allowed",
+    )
+
+
 MixedPrecision.claims = (
     Claim("In float16 tiny gradients die, and training with them.", "arXiv 1710.03740", _dies),
     Claim(
@@ -375,19 +500,34 @@ MixedPrecision.claims = (
         "kexue.fm 9059",
         _traps,
     ),
+    Claim(
+        "The toolkit's Transformer-VQ learns in bfloat16, and in float16 with a dynamic scale, as "
+        "in float32.",
+        "jaxkit",
+        _language,
+    ),
 )
 
 MixedPrecision.presets = {
     "smoke": MixedPrecisionConfig(
-        arms=("float32", "float16-dynamic", "fault-skip", "traps-none"),
+        arms=("float32", "float16-dynamic", "fault-skip", "traps-none", "vq-float16"),
         seeds=(0,),
         steps=10,
         batch_size=16,
         width=8,
         growth_interval=4,
         fault_run=1,
+        language_steps=5,
+        language_batch=4,
         report_every=5,
     ),
     "cpu": MixedPrecisionConfig(),
-    "gpu": MixedPrecisionConfig(steps=8000, width=1024, batch_size=1024, growth_interval=500),
+    "gpu": MixedPrecisionConfig(
+        steps=8000,
+        width=1024,
+        batch_size=1024,
+        growth_interval=500,
+        language_steps=2000,
+        language_batch=256,
+    ),
 }
