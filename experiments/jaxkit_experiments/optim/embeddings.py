@@ -509,7 +509,10 @@ class EmbeddingAnomaly(Experiment):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         arm: {metric: sum(ends) / 2 for metric, ends in of.items()} for arm, of in CARD.items()
     }
-    paper_note = "The numbers beside are the methods card's, the middles of their ranges, 3 seeds."
+    paper_note = (
+        "The numbers beside are the methods card's, the middles of their ranges, 3 seeds; it does "
+        "not say how it cuts words and draws the first embedding, or which rate Adam has."
+    )
     presets: ClassVar[Mapping[str, Any]] = {
         "smoke": EmbeddingConfig(
             arms=("plain", "lazy-full", "tied", "accumulation"),
