@@ -75,9 +75,10 @@ def tiger(
     | embedding | `embedding`, `embeddings`                   | α_t RMS(row)    | λ   | 0        |
     | matrix    | everything else                             | α_t RMS(leaf)   | λ   | 0        |
 
-    A gradient with NaN or Inf leaves the momentum as it is and shrinks the parameter instead,
-    `θ_t = c + s (θ_{t-1} - c)`, on that micro-step, wherever in its window it is. (If it is the
-    first of a window, that window's factor β is lost, as in the reference.)
+    A gradient with NaN, Inf or a number beyond the range of the momentum's type leaves the momentum
+    as it is and shrinks the parameter instead, `θ_t = c + s (θ_{t-1} - c)`, on that micro-step,
+    wherever in its window it is. (If it is the first of a window, that window's factor β is lost,
+    as in the reference.)
 
     The momentum is the only state as large as the parameters: 4 bytes a parameter, or 2 with
     `mu_dtype=jnp.bfloat16`.
@@ -93,7 +94,8 @@ def tiger(
         the reference.
       rate: "rms" as in the table; "fixed": η = α and decay λ for every leaf, which is Signum with
         decay, and `optax.lion` with both betas equal.
-      power: γ in `sign(m)|m|^(1-γ)`, or a schedule of it: 1 is the sign, 0 the momentum itself.
+      power: γ in `sign(m)|m|^(1-γ)`, or a schedule of it, such as `(α_t/α_0)^p`: 1 is the sign, 0
+        the momentum itself.
       lazy: Rows of embeddings that no gradient touches in a window stay as they are: "param", the
         parameters alone; "full", their momentum too, to which β is then applied at the row's first
         touch in the window. A row is touched when an element of its gradient is not zero, or, for
@@ -103,7 +105,8 @@ def tiger(
       label_fn: Function of (key path, leaf) to a class, or to `None` for the rule above.
       scope: What one non-finite number spoils: its "leaf", or the "global" step.
       mu_dtype: Type of the momentum; float32 by default (float64 for float64 parameters). It is
-        computed in float32 at least and stored so.
+        computed in float32 at least and stored so. In bfloat16 the decay of a β above 0.996 is
+        rounded away.
       rounding_key: If given, float16 and bfloat16 parameters are rounded stochastically: a step
         below half their spacing, such as α < 5e-4 in float16, is else lost to most of them.
 
@@ -306,13 +309,13 @@ class _Tiger:
         lazy = [self._is_lazy(path, theta) for path, theta in zip(paths, thetas, strict=True)]
         rows = row_masks(paths, gs, lazy, touched_rows if any(lazy) else None, params)
         seen = rows if self.lazy is None else treedef.flatten_up_to(state.touched)
-        bad = [jnp.any(self.is_bad(g)) for g in gs]
+        mus = treedef.flatten_up_to(state.mu)
+        # What the momentum cannot hold would make it infinite for ever.
+        bad = [jnp.any(self.is_bad(g.astype(mu.dtype))) for g, mu in zip(gs, mus, strict=True)]
         if self.scope == "global" and bad:
             bad = [jnp.any(jnp.stack(bad))] * len(bad)
 
-        leaves = zip(
-            paths, thetas, gs, treedef.flatten_up_to(state.mu), bad, rows, seen, strict=True
-        )
+        leaves = zip(paths, thetas, gs, mus, bad, rows, seen, strict=True)
         steps = [self._step(state.count, number, *leaf) for number, leaf in enumerate(leaves)]
         _, last = self._window(state.count)
         return treedef.unflatten([change for change, _, _ in steps]), TigerState(

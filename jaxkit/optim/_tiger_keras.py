@@ -11,13 +11,13 @@ import optax
 from jaxkit._checks import check_real
 from jaxkit._typing import Array
 from jaxkit.optim._leaves import check_count, path_name
-from jaxkit.optim._tiger import _Tiger
+from jaxkit.optim._tiger import Rate, _Tiger
 
 __all__ = ["keras_labels", "piecewise_linear", "tiger_keras"]
 
 
 def tiger_keras(
-    learning_rate: float = 1e-3,
+    learning_rate: Rate = 1e-3,
     beta: float = 0.965,
     weight_decay: float = 0.01,
     grad_accum_steps: int = 1,
@@ -31,7 +31,8 @@ def tiger_keras(
     makes the momentum infinite, which a later Inf of the other sign turns into NaN.
 
     Args:
-      learning_rate: Peak of the relative rate.
+      learning_rate: Peak of the relative rate; a schedule of the 0-based micro-step is multiplied
+        by `lr_schedule` as well.
       beta: Decay of the momentum.
       weight_decay: λ.
       grad_accum_steps: Micro-steps to an update.
@@ -49,10 +50,16 @@ def tiger_keras(
 
     Source: post 9512; reference code bojone/tiger.
     """
-    check_real("learning_rate", learning_rate, least=0)
+    if not callable(learning_rate):
+        check_real("learning_rate", learning_rate, least=0)
     factor = piecewise_linear({0: 1.0} if lr_schedule is None else lr_schedule)
+
+    def rate(count: Any) -> Array:
+        peak = learning_rate(count) if callable(learning_rate) else learning_rate
+        return jnp.asarray(peak, jnp.float32) * factor(count)
+
     return _Tiger(
-        learning_rate=lambda count: learning_rate * factor(count),
+        learning_rate=rate,
         beta=beta,
         weight_decay=weight_decay,
         accumulation_steps=grad_accum_steps,

@@ -293,7 +293,9 @@ def masked(case: _Case) -> None:
 
 def multi_steps(case: _Case) -> None:
     """`optax.MultiSteps` accumulates: nothing between, the update of the mean at the end."""
-    wrapped = case.wrapped(optax.MultiSteps(case.make(RATE), 2).gradient_transformation())
+    # Not its `gradient_transformation()`, which drops extra arguments.
+    steps = optax.MultiSteps(case.make(RATE), 2)
+    wrapped = case.wrapped(optax.GradientTransformationExtraArgs(steps.init, steps.update))
     inner = case.optimizer
     params, state, reference = case.params, wrapped.init(case.params), inner.init(case.params)
     for step in range(2):

@@ -1,5 +1,9 @@
 """The contract: what obeys it passes, and each rule catches an optimizer that breaks it."""
 
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkit.optim import CONTRACT, check_optimizer
+import jaxkit
+from jaxkit import optim, theory
+from jaxkit.optim import CONTRACT, check_optimizer, multitask
 
 PARAMS = {"a": jnp.full((8, 2), 0.5, jnp.float32), "b": jnp.full(8, -0.25, jnp.float32)}
 
@@ -506,7 +512,8 @@ def test_extra_arguments_reach_the_update():
 
         return optax.GradientTransformationExtraArgs(inner.init, update)
 
-    check_optimizer(make, params=PARAMS, extra_args={"value": 1.5}, checks=["chain", "scan"])
+    checks = ["chain", "multi_steps", "scan"]
+    check_optimizer(make, params=PARAMS, extra_args={"value": 1.5}, checks=checks)
     assert set(seen) == {1.5}
     with pytest.raises(AssertionError, match="value"):
         check_optimizer(make, params=PARAMS, checks=["scan"])
@@ -525,6 +532,110 @@ def test_parameters_are_made_legal():
     check_optimizer(make, project=lambda x: jnp.abs(x) + 0.1, checks=["scalars", "zero_matrices"])
     assert seen
     assert all(float(x.min()) > 0 for x in seen if isinstance(x, jax.Array) and x.size)
+
+
+# Every optimizer of the toolkit ------------------------------------------------------------------
+
+
+def whole(direction):
+    """An optimizer of a direction that lacks a learning rate."""
+    return lambda rate: optax.chain(direction, optax.scale_by_learning_rate(rate))
+
+
+def positive(x):
+    return jnp.abs(x) + 0.1
+
+
+def decayed(rate):
+    """SGD with the decay of `decoupled_auxiliary`'s docstring."""
+    inner = optax.chain(optax.sgd(rate), multitask.decoupled_auxiliary())
+
+    def update(grads, state, params, **_):
+        auxiliary = jax.tree.map(lambda p: p[None], params)
+        return inner.update(grads, state, params, auxiliary=auxiliary)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+STATS = theory.NoiseStats(jnp.float32(1.0), jnp.float32(2.0))
+ROWS = {"embed/embedding": np.arange(16) % 3 == 0}
+# Of what is held to all rules in the tests of its own module, is only a part or another name of a
+# case beside it, or differs from it in its options.
+FEW = {"checks": ["extra_args", "schedule_from_step_zero", "compiles_once", "strict_promotion"]}
+# By public name, with what follows a colon to tell cases of one function apart: a function of the
+# rate, and options of the contract.
+OPTIMIZERS = {
+    "accumulated_adam": (lambda rate: optim.accumulated_adam(rate, accumulation_steps=2), {}),
+    "accumulated_sgd": (lambda rate: optim.accumulated_sgd(rate, accumulation_steps=2), {}),
+    "decoupled_auxiliary": (decayed, FEW),
+    "dynamic_loss_scale": (lambda rate: optim.dynamic_loss_scale(optax.lion(rate)), FEW),
+    "eg": (optim.eg, {"project": positive, **FEW}),
+    "eg_sgd": (lambda rate: optim.eg_sgd(rate, 0.1), FEW),
+    "eg_stepsize": (lambda rate: optim.eg_stepsize(optax.sgd(rate)), FEW),
+    "egdd": (optim.egdd, FEW),
+    "exponentiated_gradient": (optim.exponentiated_gradient, {"project": positive, **FEW}),
+    "lazy_rows": (lambda rate: optim.lazy_rows(optax.lion(rate)), {}),
+    "lazy_rows:touched_rows": (
+        lambda rate: optim.lazy_rows(optax.lion(rate, weight_decay=0.1), mode="param"),
+        {"extra_args": {"touched_rows": ROWS}, "checks": ["multi_steps", "masked", "scan"]},
+    ),
+    "projected": (lambda rate: theory.projected(optax.sgd(rate), theory.ball(30.0)), FEW),
+    "scale_by_accumulated_adam": (whole(optim.scale_by_accumulated_adam()), FEW),
+    "scale_by_accumulated_momentum": (whole(optim.scale_by_accumulated_momentum()), FEW),
+    "scale_by_tiger": (whole(optim.scale_by_tiger()), FEW),
+    "split_embeddings": (
+        lambda rate: optim.split_embeddings(optax.sgd(rate), optim.tiger(rate)),
+        {},
+    ),
+    "static_loss_scale": (lambda rate: optim.static_loss_scale(optax.lion(rate), 4.0), FEW),
+    "tiger": (optim.tiger, {"stays_finite": True}),
+    "tiger:lazy": (
+        lambda rate: optim.tiger(
+            rate, accumulation_steps=2, lazy="full", mu_dtype=jnp.bfloat16, scope="global"
+        ),
+        {"stays_finite": True},
+    ),
+    "tiger:stochastic": (
+        lambda rate: optim.tiger(rate, rounding_key=jax.random.key(0)),
+        {"checks": ["updates_fit", "compiles_once", "strict_promotion"]},
+    ),
+    # As in its reference, a matrix of zeros never moves.
+    "tiger_keras": (optim.tiger_keras, {"skip": ["zero_matrices"]}),
+    "track_noise_scale": (
+        lambda rate: optax.chain(theory.track_noise_scale(), optax.sgd(rate)),
+        {"extra_args": {"noise_stats": STATS}, "checks": [*FEW["checks"], "multi_steps"]},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_an_optimizer_of_the_toolkit_passes(case):
+    make, options = OPTIMIZERS[case]
+    check_optimizer(make, **options)
+
+
+def returns_an_optimizer(function):
+    if not inspect.isfunction(function):
+        return False
+    return "GradientTransformation" in str(inspect.signature(function).return_annotation)
+
+
+def test_every_optimizer_of_the_toolkit_is_held_to_the_contract():
+    packages = [
+        importlib.import_module(found.name)
+        for found in pkgutil.iter_modules(jaxkit.__path__, "jaxkit.")
+    ]
+    found = set()
+    while packages:
+        package = packages.pop()
+        for name in getattr(package, "__all__", []):
+            member = getattr(package, name)
+            if isinstance(member, ModuleType):
+                packages.append(member)
+            elif returns_an_optimizer(member):
+                found.add(name)
+    assert found == {case.split(":")[0] for case in OPTIMIZERS}
 
 
 @pytest.mark.slow

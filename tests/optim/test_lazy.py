@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from jaxkit.optim import (
-    check_optimizer,
     lazy_rows,
     split_embeddings,
     swap_halves,
@@ -304,15 +303,34 @@ def test_wrong_touched_rows(rows, message):
         optimizer.update(params, optimizer.init(params), params, touched_rows=rows)
 
 
-@pytest.mark.slow
-def test_contract():
-    check_optimizer(lambda rate: lazy_rows(optax.lion(rate)))
+def test_touched_rows_of_a_leaf_of_another_optimizer():
+    """Under optax.masked the tree lacks the leaf; and the optimizer inside is told the rows too."""
+    told = []
+
+    def update(grads, state, params=None, **extra_args):
+        told.append(extra_args)
+        return grads, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    mask = {"embed": {"embedding": False}, "dense": {"kernel": True}}
+    optimizer = optax.masked(lazy_rows(inner), mask)
+    rows = {"embed/embedding": np.ones(5, bool)}
+    updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, touched_rows=rows, x=1)
+    assert told == [{"touched_rows": rows, "x": 1}]
+    np.testing.assert_array_equal(updates["dense"]["kernel"], PARAMS["dense"]["kernel"])
 
 
-def test_contract_with_touched_rows():
-    rows = {"embed/embedding": np.arange(16) % 3 == 0}
-    check_optimizer(
-        lambda rate: lazy_rows(optax.adamw(rate), mode="param"),
-        extra_args={"touched_rows": rows},
-        checks=["schedule_from_step_zero", "scan", "multi_transform", "masked"],
-    )
+def test_rows_are_those_of_the_last_axis():
+    params = {"embedding": jnp.ones((2, 3, 4)), "scalar": {"embedding": jnp.ones(())}}
+    grads = {
+        "embedding": jnp.ones((2, 3, 4)).at[1, 2].set(0.0),
+        "scalar": {"embedding": jnp.zeros(())},
+    }
+    inner = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0, momentum=0.9))
+    optimizer = lazy_rows(inner)
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    hit = np.any(np.asarray(grads["embedding"]) != 0, axis=-1, keepdims=True)
+    expected = np.broadcast_to(np.where(hit, 1.5, 0.0), (2, 3, 4))
+    np.testing.assert_array_equal(updates["embedding"], -expected)
+    np.testing.assert_array_equal(optax.tree.get(state, "trace")["embedding"], expected)
+    assert float(updates["scalar"]["embedding"]) == -0.5  # a scalar is never lazy
