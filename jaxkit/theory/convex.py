@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit._checks import check_int, check_real
+from jaxkit._dtypes import wide
 from jaxkit._typing import Array, ArrayLike
 from jaxkit.theory.domains import Domain, subtract
 
@@ -108,17 +109,21 @@ def solve_comparator(
         new = domain.project(jax.tree.map(lambda a, g: a - rate(g), y, gradient(y)))
         moved = subtract(new, x)
         uphill = sum(
-            jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), subtract(y, new), moved)),
+            jax.tree.leaves(
+                jax.tree.map(lambda a, b: jnp.sum(a * b).astype(t.dtype), subtract(y, new), moved)
+            ),
             jnp.zeros((), t.dtype),
         )
         t = jnp.where(uphill > 0, 1, t)
         t_next = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
         momentum = (t - 1) / t_next
         y = jax.tree.map(
-            lambda a, d: (a + momentum.astype(a.dtype) * d).astype(a.dtype), new, moved
+            lambda a, d: (a.astype(d.dtype) + momentum.astype(d.dtype) * d).astype(a.dtype),
+            new,
+            moved,
         )
         return new, y, t_next
 
     start = domain.project(params)
-    dtype = jnp.result_type(*jax.tree.leaves(params))
+    dtype = wide(*(leaf.dtype for leaf in jax.tree.leaves(start)))
     return jax.lax.fori_loop(0, steps, step, (start, start, jnp.ones((), dtype)))[0]

@@ -248,8 +248,8 @@ def half_space(normal: Any, offset: ArrayLike) -> Domain:
 
     def project(x: Any) -> Any:
         _check_like("normal", normal, x)
-        flat, a = _ravel(x), _ravel(normal)
-        a = a.astype(flat.dtype)
+        flat = _ravel(x)
+        a = _ravel(jax.tree.map(jnp.asarray, normal)).astype(flat.dtype)
         excess = (jnp.vdot(a, flat) - jnp.asarray(offset).astype(a.dtype)) / jnp.vdot(a, a)
         return _unravel(flat - jnp.maximum(excess, 0) * a, x)
 

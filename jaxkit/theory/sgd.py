@@ -75,6 +75,8 @@ class RegretState(NamedTuple):
     exact: Bool[Array, ""]
     """Whether the projection onto Θ is."""
     finite: Bool[Array, ""]
+    eps: Float[Array, ""]
+    """Of the narrowest type among losses, gradients and parameters."""
     plain_sgd: Bool[Array, ""]
     """Every step of which `next_params` was given was Π(θ_t - η_t g_t), up to rounding."""
     steps_seen: Int[Array, ""]
@@ -144,6 +146,7 @@ class RegretTracker:
             diameter=jnp.full((), self.domain.diameter, dtype),
             exact=jnp.full((), self.domain.exact),
             finite=flag(),
+            eps=zero(),
             plain_sgd=flag(),
             steps_seen=count(),
         )
@@ -182,6 +185,7 @@ class RegretTracker:
                 f" got {comparator_loss!r} with comparator {self.comparator!r}."
             )
         dtype = state.sums.dtype
+        eps = _eps((loss, grads, params))
         cast = lambda x: jnp.asarray(x).astype(dtype)
         loss, eta, size = cast(loss), cast(step_size), cast(norm(grads))
         distance = slack = other = cast(jnp.nan)
@@ -229,6 +233,7 @@ class RegretTracker:
             diameter=state.diameter,
             exact=state.exact,
             finite=state.finite & jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(eta),
+            eps=jnp.maximum(state.eps, eps),
             plain_sgd=plain_sgd,
             steps_seen=seen,
         )
@@ -358,26 +363,27 @@ def certify(
     else:
         D = float(check_real("D", D, above=0))
 
-    bounds = {}
+    bounds, D2, G2 = {}, D * D, G * G  # a power of a float raises where a product is infinite
     if monotone and math.isfinite(D):
-        bounds["average"] = _ratio(D**2, 2 * T * eta_last) + G**2 / (2 * T) * total["eta"]
+        bounds["average"] = _ratio(D2, 2 * T * eta_last) + G2 / (2 * T) * total["eta"]
     gap = weighted_gap = None
     if known:
         gap = (total["loss"] - total["comparator"]) / T
         weighted_gap = _ratio(total["eta_loss"] - total["eta_comparator"], total["eta"])
-        first2, next2 = float(state.distance_first) ** 2, float(state.distance_next) ** 2
-        bounds["weighted"] = _ratio(first2 + G**2 * total["eta2"], 2 * total["eta"])
+        first, after = float(state.distance_first), float(state.distance_next)
+        bounds["weighted"] = _ratio(first * first + G2 * total["eta2"], 2 * total["eta"])
         bounds["a_posteriori"] = (total["telescope"] + total["eta_grad2"] / 2) / T
-        if not math.isnan(next2):
-            final = bounds["a_posteriori"] - _ratio(next2, 2 * eta_last) / T
+        if not math.isnan(after):
+            final = bounds["a_posteriori"] - _ratio(after * after, 2 * eta_last) / T
             bounds["a_posteriori_final"] = final
 
     slack, all_seen = float(state.slack_min), int(state.steps_seen) == T
-    if slack < -1e-5:  # relative to the terms, far above their rounding
+    eps = float(state.eps)
+    if slack < -max(1e-5, 8 * eps):  # relative to the terms, far above their rounding
         convex = False
     elif convex is True:
         convex = "declared"
-    tolerance = 1e-6 if state.sums.dtype == jnp.float64 else 1e-4
+    tolerance = max(1e-6 if state.sums.dtype == jnp.float64 else 1e-4, 8 * eps)
     assumptions: dict[str, bool | str | None] = {
         "convex": convex,
         "monotone_steps": monotone,
@@ -445,11 +451,17 @@ def _is_sgd_step(domain: Domain, params: Any, grads: Any, step_size: Any, after:
     rate = jnp.asarray(step_size)
     move = lambda p, g: p - rate.astype(p.dtype) * g.astype(p.dtype)
     aim = domain.project(jax.tree.map(move, params, grads))
-    eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)), default=0.0)
     size = norm(params)
-    return norm(subtract(after, aim)) <= 8 * eps * (
+    return norm(subtract(after, aim)) <= 8 * _eps(params) * (
         size + rate.astype(size.dtype) * norm(grads).astype(size.dtype)
     )
+
+
+def _eps(tree: Any) -> float:
+    """Rounding of the narrowest floating-point type in a tree."""
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
+    floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
 
 
 def _ratio(x: float, y: float) -> float:

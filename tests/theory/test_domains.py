@@ -94,6 +94,7 @@ def test_a_pytree_is_one_vector():
     for domain in (dm.ball(1.0), dm.l1_ball(1.0), dm.unbounded()):
         assert domain.project({}) == {}
     assert dm.box(-1.0, 1.0).diameter == 2
+    assert dm.half_space(2.0, 1.0).project(jnp.array(3.0)) == 0.5
     assert dm.box({"w": jnp.zeros((2, 2))}, {"w": jnp.ones((2, 2))}).diameter == 2
 
 

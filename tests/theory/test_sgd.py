@@ -420,6 +420,28 @@ def test_an_optimizer_that_is_not_sgd_is_refused():
         assert momentum.assumptions["plain_sgd"] is False
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_rounding_of_narrow_types_violates_nothing(dtype):
+    """Linear losses, for which the convexity inequality and the last bound are equalities."""
+    domain, best = ball(4.0), jnp.zeros(3, dtype)
+    data = jnp.asarray(np.random.default_rng(0).standard_normal((20, 3)), dtype)
+    loss = lambda theta, c: jnp.sum(c * theta)
+    state, _ = run(
+        loss, domain, jnp.array([0.5, 0.2, 0.1], dtype), data, jnp.full(20, 0.125, dtype), best
+    )
+    certificate = certify(state, domain, convex="declared")
+    assert certificate.status == "certified"
+    final = certificate.bounds["a_posteriori_final"]
+    assert certificate.gap == pytest.approx(final, abs=4 * float(jnp.finfo(dtype).eps))
+
+
+def test_a_gradient_whose_square_overflows():
+    tracker = RegretTracker(DOMAIN)
+    state = tracker.update(tracker.init(), 1.0, jnp.array(1e200), 0.1, jnp.array(0.0))
+    certificate = certify(state, DOMAIN, convex="declared", plain_sgd=True)
+    assert (certificate.status, certificate.bound) == ("certified", np.inf)
+
+
 def test_a_concave_loss_is_found_out():
     loss = lambda theta, x: -((theta - 0.1 * x) ** 2)
     eta = jnp.full(20, 0.1)
@@ -482,6 +504,15 @@ def test_comparator_of_least_squares(radius):
     # A fixed point of the projected gradient step is the minimum.
     again = domain.project(best - jax.grad(loss)(best) / smooth)
     np.testing.assert_allclose(again, best, atol=1e-12)
+    narrow = solve_comparator(
+        lambda w: loss(w.astype(jnp.float64)),
+        jnp.zeros(4, jnp.bfloat16),
+        domain,
+        step_size=1 / smooth,
+        steps=500,
+    )
+    assert narrow.dtype == jnp.bfloat16
+    assert float(loss(narrow.astype(jnp.float64))) == pytest.approx(float(loss(best)), rel=0.01)
     if radius > 1:
         np.testing.assert_allclose(best, np.linalg.lstsq(A, b, rcond=None)[0], atol=1e-10)
 

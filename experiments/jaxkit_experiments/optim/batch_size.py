@@ -8,8 +8,8 @@
 * `digits-noise`: the noise scale along one run, from the gradients of all examples, and from four
   microbatches as the training step has them.
 
-    jaxkit run batch-size --preset cpu      two minutes on two cores
-    jaxkit run batch-size --preset card     the card's whole sweep, some ten minutes
+    jaxkit run batch-size --preset cpu      half a minute on two cores
+    jaxkit run batch-size --preset card     the card's whole sweep, about a minute
 
 Sources: posts 10542, 11260 and 11280 on kexue.fm; McCandlish et al. 2018 (arXiv 1812.06162); Li et
 al. 2024 (arXiv 2405.14578).
