@@ -72,7 +72,8 @@ class MixedPrecisionConfig:
       growth_interval: of dynamic scaling.
       fault_rate: share of batches whose gradients are infinite.
       fault_run: so many bad batches come in a row half-way; `apply_if_finite` bears five.
-      language_steps: updates of the language model.
+      language_layers: of the language model.
+      language_steps: its updates.
       language_batch: images of one of them.
       report_every: steps between two reports.
     """
@@ -88,6 +89,7 @@ class MixedPrecisionConfig:
     growth_interval: int = 100
     fault_rate: float = 0.01
     fault_run: int = 10
+    language_layers: int = 2
     language_steps: int = 60
     language_batch: int = 8
     report_every: int = 100
@@ -100,6 +102,7 @@ class MixedPrecisionConfig:
             "batch_size",
             "width",
             "growth_interval",
+            "language_layers",
             "language_steps",
             "language_batch",
             "report_every",
@@ -210,7 +213,7 @@ def language_model(config: MixedPrecisionConfig, policy: Policy) -> tuple[Any, A
         return VQTransformer(
             17,
             dim=config.width,
-            layers=2,
+            layers=config.language_layers,
             key_dim=16,
             num_codes=16,
             block_length=8,
@@ -517,6 +520,7 @@ MixedPrecision.presets = {
         width=8,
         growth_interval=4,
         fault_run=1,
+        language_layers=1,
         language_steps=5,
         language_batch=4,
         report_every=5,
