@@ -195,8 +195,8 @@ def test_a_task_that_is_not_finite(params, rows):
 
 def test_a_task_that_breaks_while_weights_are_reused(params):
     state = mt.init_state(params, 3, method="nash")
-    step = lambda f, state: jax.jit(
-        lambda p, s: mt.aggregate(f, p, method="nash", state=s, update_every=3)
+    step = lambda f, state, **options: jax.jit(
+        lambda p, s: mt.aggregate(f, p, method="nash", state=s, update_every=3, **options)
     )(params, state)
     _, first = step(losses_fn, state)
     grads, aux = step(broken, first.state)
@@ -204,6 +204,8 @@ def test_a_task_that_breaks_while_weights_are_reused(params):
     np.testing.assert_array_equal(aux.weights, want)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
     np.testing.assert_allclose(flat, want @ dense(rows_by_hand(params)), atol=1e-12)
+    grads, _ = step(broken, first.state, nonfinite="propagate")
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(grads))
     # It is back as soon as it is mended.
     np.testing.assert_array_equal(step(losses_fn, aux.state)[1].weights, first.weights)
 
