@@ -48,7 +48,7 @@ _SUMS = (
 
 
 class RegretState(NamedTuple):
-    """What a certificate needs of a run: some twenty scalars, whatever T and the parameters are."""
+    """What a certificate needs of a run: some thirty scalars, whatever T and the parameters are."""
 
     steps: Int[Array, ""]
     """T."""
