@@ -260,7 +260,7 @@ def _simplex(x: Array, step: Array, logs: _Logs, *, total: Any) -> tuple[Array, 
 
 def _signed(x: Array, step: Array, logs: _Logs, *, total: Any) -> tuple[Array, _Logs, Array]:
     positive, negative = logs[0] - step, logs[1] + step
-    if total is not None and x.size:
+    if total is not None:
         mass = jax.nn.logsumexp(jnp.logaddexp(positive, negative))
         shift = jnp.log(jnp.asarray(total, x.dtype)) - mass
         positive, negative = positive + shift, negative + shift

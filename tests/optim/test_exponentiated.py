@@ -301,6 +301,14 @@ def test_exponents_are_clipped_and_counted(dtype, limit):
         assert float(w[1]) < -np.exp(0.99 * limit)
     _, state = step(eg(1.0, "simplex"), one(0.5, 0.5), one(-2 * limit, 2 * limit))
     assert int(state.clipped) == 0
+    tree, optimizer = {"a": g, "b": one(1)}, eg(1.0)
+    params = jax.tree.map(jnp.ones_like, tree)
+    _, state = optimizer.update(tree, optimizer.init(params), params)
+    assert int(state.clipped) == 1
+    # A large weight that takes a small step needs no clipping.
+    w, state = step(eg(0.1, "hypentropy", beta=1e-8), one(1e30), one(1))
+    assert int(state.clipped) == 0
+    np.testing.assert_allclose(w, 1e30 * np.exp(-0.1), rtol=1e-6)
 
 
 def test_a_corner_of_the_simplex_has_a_derivative():
@@ -470,10 +478,27 @@ def test_parameters_are_checked(optimizer, params, match):
         optimizer.update(params, state, params)
 
 
+def test_rows_of_a_narrow_type_may_be_rounded():
+    thirds = jnp.full(3, 1 / 3, jnp.bfloat16)
+    assert abs(float(jnp.sum(thirds.astype(jnp.float32))) - 1) > 1e-3
+    eg(0.1, "simplex").init(thirds)
+    with pytest.raises(ValueError, match="must sum to 1"):
+        eg(0.1, "simplex").init(0.9 * thirds)
+
+
 def test_signed_parameters_fit_into_their_total():
     with pytest.raises(ValueError, match=r"sum is at most total = 1\.0; got 1\.5"):
         eg(0.1, "signed").init(jnp.array([1.0, -0.5]))
-    eg(0.1, "signed").init(jnp.array([0.5, -0.5]))
+    # Later the pair is the truth, whatever has become of the parameters.
+    optimizer, w = eg(0.1, "signed"), jnp.array([0.5, -0.5])
+    new, _ = step(optimizer, 3 * w, jnp.zeros(2), optimizer.init(w))
+    np.testing.assert_allclose(new, w, rtol=1e-14)
+
+
+@pytest.mark.parametrize("constraint", ["nonneg", "simplex", "signed"])
+def test_leaves_without_entries(constraint):
+    new, _ = step(eg(0.1, constraint), jnp.zeros((0, 3)), jnp.zeros((0, 3)))
+    assert new.shape == (0, 3)
 
 
 def test_params_are_needed():
@@ -487,13 +512,15 @@ def test_under_jit_checkify_finds_what_is_refused_outside():
     bad, g = jnp.array([0.7, -0.2]), jnp.ones(2)
     for constraint, match in (("nonneg", "must not be negative"), ("simplex", "must sum to")):
         optimizer = eg(0.1, constraint, checkify=True)
-        state = optimizer.init(jnp.array([0.5, 0.5]))
+        named = lambda x: {"{w}": x}  # in a message that is a format
+        good = named(jnp.array([0.5, 0.5]))
+        state = optimizer.init(good)
         update = checkify.checkify(jax.jit(optimizer.update))
-        error, _ = update(g, state, jnp.array([0.5, 0.5]))
+        error, _ = update(named(g), state, good)
         error.throw()
         wrong = bad if constraint == "nonneg" else jnp.abs(bad)
-        error, _ = update(g, state, wrong)
-        with pytest.raises(checkify.JaxRuntimeError, match=match):
+        error, _ = update(named(g), state, named(wrong))
+        with pytest.raises(checkify.JaxRuntimeError, match=f"params at '{{w}}' {match}"):
             error.throw()
     # Without the option jit says nothing, and the update is what the formula gives.
     updates, _ = jax.jit(eg(0.1).update)(g, eg(0.1).init(jnp.ones(2)), bad)
