@@ -319,6 +319,8 @@ def test_gradvac_reaches_its_target_and_tracks_the_cosine():
     assert cosine < 0.7
     np.testing.assert_allclose(state.rho[0, 1], 0.75 * 0.7 + 0.25 * cosine, atol=1e-14)
     assert float(state.rho[0, 0]) == 0.7
+    _, slow = mt.gradvac(gram(J), mt.GradVacState(rho))  # the paper's rate
+    np.testing.assert_allclose(slow.rho[0, 1], 0.99 * 0.7 + 0.01 * cosine, atol=1e-14)
     # The changed rows are e_i plus a multiple of the other.
     changed = [J[0] + (float(w[1]) - 1) * J[1], J[1] + (float(w[0]) - 1) * J[0]]
     for row, other in zip(changed, (J[1], J[0]), strict=True):

@@ -142,6 +142,15 @@ def test_gradnorm_evens_out_lengths():
     assert after.weights[2] > after.weights[0]
 
 
+def test_gradnorm_step_with_its_defaults():
+    """The first task is above its target for α = 1.5, and below it for α = 1."""
+    r, losses = np.array([0.42, 1.29, 1.29]), np.array([0.5, 1, 1.5])
+    state = mt.GradNormState(jnp.ones(3), jnp.ones(3), jnp.asarray(1))
+    _, after = mt.gradnorm(jnp.diag(jnp.asarray(r**2)), state, losses=jnp.asarray(losses))
+    w = 1 - 0.025 * np.sign(r - r.mean() * losses**1.5) * r
+    np.testing.assert_allclose(after.weights, 3 * w / w.sum(), atol=1e-14)
+
+
 def test_random_weights():
     keys = jax.random.split(jax.random.key(0), 2000)
     w = jax.vmap(lambda key: mt.random_weights(L, key=key))(keys)
