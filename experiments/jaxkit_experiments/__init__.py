@@ -34,6 +34,8 @@ REGISTRY: dict[str, str] = {
     "attention-scratchpad": "jaxkit_experiments.vq.scratchpad:Scratchpad",
     "eg-sparse-regression": "jaxkit_experiments.optim.sparse_regression:SparseRegression",
     "eg-step-sizes": "jaxkit_experiments.optim.step_sizes:StepSizeAdaptation",
+    "optim-embeddings": "jaxkit_experiments.optim.embeddings:EmbeddingAnomaly",
+    "optim-language-model": "jaxkit_experiments.optim.language_model:OptimizerComparison",
     "multitask-toy": "jaxkit_experiments.optim.multitask:Toy",
     "multitask-digits": "jaxkit_experiments.optim.multitask:Digits",
     "batch-size": "jaxkit_experiments.optim.batch_size:BatchSize",

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxkit_experiments.experiment import Results
 from jaxkit_experiments.optim import embeddings
 from jaxkit_experiments.optim.embeddings import BYTES, CARD, TRAINED, EmbeddingAnomaly
+from jaxkit_experiments.speed.optim import state_bytes
 from jaxkit_experiments.vq.text import Windows
 
 from tests.experiments.smoke import smoke_run
@@ -204,7 +205,7 @@ def test_state_bytes_count_the_leaves_of_a_state():
     for name, optimizer in embeddings._optimizers(4).items():
         state = optimizer.init(params)
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        assert embeddings.state_bytes(optimizer, params) == BYTES[name]
+        assert state_bytes(optimizer, params) == BYTES[name]
         assert total / 4160 == pytest.approx(BYTES[name], abs=0.01)  # but for a few scalars
 
 

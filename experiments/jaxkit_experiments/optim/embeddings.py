@@ -45,6 +45,7 @@ from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit.optim import lazy_rows, piecewise_linear, split_embeddings, tied_logits, tiger
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
 from jaxkit_experiments.plots import figure
+from jaxkit_experiments.speed.optim import state_bytes
 from jaxkit_experiments.training import train
 from jaxkit_experiments.vq.text import Windows, held_out, read_corpus
 
@@ -58,7 +59,6 @@ __all__ = [
     "constant_sign",
     "make_optimizer",
     "read_tokens",
-    "state_bytes",
 ]
 
 TRAINED = ("plain", "lazy-param", "lazy-full", "tied", "hybrid", "lion", "lion-lazy")
@@ -294,18 +294,6 @@ def limit(config: EmbeddingConfig, arm: str) -> np.ndarray:
     knots = ([0, config.warmup, config.steps], [0.0, peak, 0.1 * peak])
     rates = np.interp(np.arange(config.steps), *knots)
     return constant_sign(rates, config.weight_decay, config.init_scale, relative=not lion)
-
-
-def state_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:
-    """Bytes of an optimizer's state for each parameter, its scalars aside.
-
-    Example:
-      >>> state_bytes(optax.adam(1e-3), jnp.ones((10, 10)))
-      8.0
-    """
-    leaves = jax.tree.leaves(jax.eval_shape(optimizer.init, params))
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim)
-    return total / sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _optimizers(k: int) -> dict[str, optax.GradientTransformation]:
