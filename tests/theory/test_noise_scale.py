@@ -333,11 +333,9 @@ STATS = ns.NoiseStats(jnp.float32(1.0), jnp.float32(2.0))
 
 @pytest.mark.slow
 def test_tracker_passes_the_contract():
-    # MultiSteps.gradient_transformation() takes no extra arguments: see the next test.
     check_optimizer(
         lambda rate: optax.chain(ns.track_noise_scale(), optax.sgd(rate)),
         extra_args={"noise_stats": STATS},
-        skip=["multi_steps"],
     )
 
 

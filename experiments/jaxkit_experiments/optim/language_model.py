@@ -525,6 +525,11 @@ class OptimizerComparison(Experiment):
                 )
                 best = found.best
                 axis.plot(found.rates[best], last[best].mean(), "*", ms=11, color=line.get_color())
+            # What is worse than a guess among 256 bytes leaves the frame.
+            ends = np.concatenate([found.validation[-1].mean(1) for found in sweeps.values()])
+            ends = ends[ends <= 8]
+            if ends.size:
+                axis.set_ylim(ends.min() - 0.1, ends.max() + 0.1)
             axis.set_xscale("log")
             axis.set_xlabel("learning rate")
             axis.set_title("bits per byte, validation", fontsize=10)
