@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxkit_experiments.experiment import Context
 
-__all__ = ["figure", "training_curves"]
+__all__ = ["figure", "number_log_ticks", "training_curves"]
 
 
 @contextmanager
@@ -29,6 +29,14 @@ def figure(path: Path, *, rows: int = 1, columns: int = 1, **options: Any) -> It
     yield drawing.subplots(rows, columns, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.12)
+
+
+def number_log_ticks(*axes: Any) -> None:
+    """Label logarithmic axes (`axis.xaxis`, `axis.yaxis`) by 0.02, 0.05, 0.1, not by powers."""
+    for axis in axes:
+        axis.get_major_locator().set_params(subs=(1, 2, 5))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def training_curves(ctx: Context, *, name: str = "curve") -> list[Path]:

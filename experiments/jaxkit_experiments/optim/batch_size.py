@@ -38,7 +38,7 @@ from jaxkit.theory import (
     track_noise_scale,
 )
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
-from jaxkit_experiments.plots import figure
+from jaxkit_experiments.plots import figure, number_log_ticks
 
 __all__ = ["BatchSize", "BatchSizeConfig"]
 
@@ -475,6 +475,7 @@ class BatchSize(Experiment):
             (line,) = axis.plot(sizes, mean("lr"), "o", ms=4, label=QUADRATIC[arm])
             axis.plot(sizes, mean("lr_law"), color=line.get_color(), lw=1, label="its law")
         axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel="best learning rate")
+        number_log_ticks(axis.yaxis)
 
     @staticmethod
     def _plot_steps(axis: Any, results: Results, arms: list[str]) -> None:
@@ -488,6 +489,7 @@ class BatchSize(Experiment):
                 fitted = results.mean(arm, "S_min") + results.mean(arm, "E_min") / B
                 axis.plot(fitted, B * fitted, color=line.get_color(), lw=1, label="fitted")
         axis.set(xscale="log", yscale="log", xlabel="steps to the target", ylabel="examples")
+        number_log_ticks(axis.xaxis, axis.yaxis)
 
     @staticmethod
     def _plot_noise(axis: Any, results: Results, arms: list[str]) -> None:
@@ -497,6 +499,7 @@ class BatchSize(Experiment):
             values = [results.mean("digits-noise", f"{name}[{t}]") for t in there]
             axis.plot(there, values, "o-", ms=4, label=label)
         axis.set(yscale="log", xlabel="step", ylabel="noise scale (examples)")
+        number_log_ticks(axis.yaxis)
 
     def epilogue(self, results: Results, ctx: Context) -> str | None:
         """Median steps and best rate of every batch size."""

@@ -31,7 +31,7 @@ from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit.optim import multitask
 from jaxkit_experiments import data
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
-from jaxkit_experiments.plots import figure
+from jaxkit_experiments.plots import figure, number_log_ticks
 
 __all__ = ["STARTS", "Digits", "DigitsConfig", "Toy", "ToyConfig", "pareto_x2", "toy_losses"]
 
@@ -532,10 +532,7 @@ class Digits(Experiment):
                     (line,) = axis.plot(x, y, ".", alpha=0.5)
                     axis.plot(x.mean(), y.mean(), "o", color=line.get_color(), label=arm)
                 axis.set(xlabel="ink: unexplained variance", xscale="log", yscale="log")
-                for ticks in (axis.xaxis, axis.yaxis):  # 0.02, 0.05, 0.1 rather than powers
-                    ticks.get_major_locator().set_params(subs=(1, 2, 5))
-                    ticks.set_major_formatter("{x:g}")
-                    ticks.set_minor_formatter("")
+                number_log_ticks(axis.xaxis, axis.yaxis)
                 axis.set_title(f"third loss × {factor:g}", fontsize=10)
                 axis.spines[["top", "right"]].set_visible(False)
             axes[0, 0].set_ylabel("digit: error rate")

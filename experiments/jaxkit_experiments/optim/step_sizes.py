@@ -45,7 +45,7 @@ from jaxkit_experiments.experiment import (
     Verdict,
 )
 from jaxkit_experiments.optim import classifiers
-from jaxkit_experiments.plots import figure
+from jaxkit_experiments.plots import figure, number_log_ticks
 from jaxkit_experiments.training import TrainResult, train
 
 __all__ = ["ARMS", "CARD", "StepSizeAdaptation", "StepSizeConfig", "make_optimizer", "recovery"]
@@ -443,15 +443,16 @@ class StepSizeAdaptation(Experiment):
         )
 
     def plot(self, results: Results, ctx: Context) -> list[Path]:
-        """Accuracy against the learning rate, and over the steps around the shift of labels."""
+        """Error against the learning rate, and accuracy after the shift of labels."""
         config = results.config
         files = [ctx.run_dir / "plots" / "rates.png"]
         with figure(files[0]) as axis:
             for arm in results.arms:
-                axis.plot(config.rates, _accuracies(results, arm), marker="o", label=arm)
-            axis.set_xscale("log")
-            axis.set_xlabel("learning rate")
-            axis.set_title("accuracy", fontsize=10)
+                errors = 1 - np.asarray(_accuracies(results, arm))
+                axis.plot(config.rates, errors, marker="o", ms=4, label=arm)
+            axis.set(xscale="log", yscale="log", xlabel="learning rate")
+            number_log_ticks(axis.yaxis)
+            axis.set_title("error rate", fontsize=10)
             axis.legend(frameon=False, fontsize=8)
         if config.shift_rates:
             files.append(ctx.run_dir / "plots" / "shift.png")
