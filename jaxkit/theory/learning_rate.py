@@ -664,8 +664,8 @@ def _best_step(slope: Array, curvature: Array) -> BestStep:
 
 def _over_norm(x: Array, y: Array) -> Array:
     """x/√(x² + y²), and the sign of x for y = 0; no square over- or underflows."""
-    length = jnp.hypot(x, y)
-    return jnp.where(length > 0, x / _not_zero(length), 0)
+    neither = (x == 0) & (y == 0)
+    return jnp.where(neither, 0, x / jnp.hypot(jnp.where(neither, 1, x), y))
 
 
 def _not_zero(x: Array) -> Array:
