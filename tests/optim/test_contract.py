@@ -567,7 +567,7 @@ FEW = {"checks": ["extra_args", "schedule_from_step_zero", "compiles_once", "str
 OPTIMIZERS = {
     "accumulated_adam": (lambda rate: optim.accumulated_adam(rate, accumulation_steps=2), {}),
     "accumulated_sgd": (lambda rate: optim.accumulated_sgd(rate, accumulation_steps=2), {}),
-    "decoupled_auxiliary": (decayed, FEW),
+    "decoupled_auxiliary": (decayed, {}),
     "dynamic_loss_scale": (lambda rate: optim.dynamic_loss_scale(optax.lion(rate)), FEW),
     "eg": (optim.eg, {"project": positive, **FEW}),
     "eg_sgd": (lambda rate: optim.eg_sgd(rate, 0.1), FEW),

@@ -10,7 +10,6 @@ import optax
 import pytest
 from scipy.optimize import nnls
 
-from jaxkit.optim import check_optimizer
 from jaxkit.optim import multitask as mt
 from jaxkit.optim.multitask.quadratic import quadratic
 from tests.tolerance import tol
@@ -19,9 +18,6 @@ J2 = np.array([[-4.0, 1, 1], [6, 1, 1]])
 J3 = np.array([[1.0, 2, 0, -1], [-2, 1, 1, 0], [0.5, -1, 3, 2]])
 OPPOSED = np.array([[1.0, 0], [-1, 0.1], [0, 1]])
 AUXILIARY = np.array([[3.0, -3, -2], [-1, 1, 1], [-1, 2, 0]])
-
-# Rules of the contract for optimizers that treat each leaf by itself.
-SEES_ALL_LEAVES = ("multi_transform", "masked")
 
 STATIC = {"alpha", "mains", "normalize", "rescale", "scale", "solver", "steps"}
 GRAM_METHODS = {
@@ -173,21 +169,6 @@ def test_the_l2_auxiliary():
     assert abs(float(updates @ theta)) < 1e-14
     with pytest.raises(ValueError, match="auxiliary must be given"):
         optimizer.update(grads, optimizer.init(theta), theta)
-
-
-def decoupled_decay(rate):
-    """The L2 auxiliary as an optimizer."""
-    inner = optax.chain(optax.sgd(rate), mt.decoupled_auxiliary())
-
-    def update(grads, state, params=None, **extra):
-        decay = jax.tree.map(lambda p: p[None], params)
-        return inner.update(grads, state, params, auxiliary=decay, **extra)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def test_the_decoupled_auxiliary_keeps_the_contract():
-    check_optimizer(decoupled_decay, skip=SEES_ALL_LEAVES)
 
 
 def test_the_decoupled_auxiliary_and_what_is_not_finite():

@@ -45,7 +45,7 @@ from jaxkit._checks import check_choice, check_int, check_real
 from jaxkit.optim import lazy_rows, piecewise_linear, split_embeddings, tied_logits, tiger
 from jaxkit_experiments.experiment import Claim, Context, Experiment, Results, Verdict
 from jaxkit_experiments.plots import figure
-from jaxkit_experiments.speed.optim import state_bytes
+from jaxkit_experiments.speed.optim import multi_steps, state_bytes
 from jaxkit_experiments.training import train
 from jaxkit_experiments.vq.text import Windows, held_out, read_corpus
 
@@ -298,15 +298,14 @@ def limit(config: EmbeddingConfig, arm: str) -> np.ndarray:
 
 def _optimizers(k: int) -> dict[str, optax.GradientTransformation]:
     """Those of `BYTES`, with accumulation of `k` micro-batches."""
-    several = lambda inner: optax.MultiSteps(inner, k).gradient_transformation()
     return {
         "tiger 4x": tiger(1e-3, accumulation_steps=k),
         "tiger 4x bfloat16": tiger(1e-3, accumulation_steps=k, mu_dtype=jnp.bfloat16),
         "lion": optax.lion(1e-3),
-        "lion 4x": several(optax.lion(1e-3)),
+        "lion 4x": multi_steps(optax.lion(1e-3), k),
         "adamw": optax.adamw(1e-3),
-        "adamw 4x": several(optax.adamw(1e-3)),
-        "lamb 4x": several(optax.lamb(1e-3)),
+        "adamw 4x": multi_steps(optax.adamw(1e-3), k),
+        "lamb 4x": multi_steps(optax.lamb(1e-3), k),
     }
 
 

@@ -43,7 +43,7 @@ from jaxkit_experiments.experiment import (
 )
 from jaxkit_experiments.plots import figure
 from jaxkit_experiments.runfolder import plain
-from jaxkit_experiments.speed.optim import state_bytes
+from jaxkit_experiments.speed.optim import multi_steps, state_bytes
 from jaxkit_experiments.vq import language_model as lm
 from jaxkit_experiments.vq.text import Corpus, Windows, held_out, read_corpus
 
@@ -184,10 +184,7 @@ def make_optimizer(arm: str, rate: Any, accumulation: int = 1) -> optax.Gradient
         "lamb": partial(optax.lamb, b1=0.9, b2=0.99, weight_decay=0.0),
     }
     optimizer = make[arm](rate)
-    if accumulation == 1:
-        return optimizer
-    steps = optax.MultiSteps(optimizer, accumulation)
-    return optax.GradientTransformation(steps.init, steps.update)
+    return optimizer if accumulation == 1 else multi_steps(optimizer, accumulation)
 
 
 def full_optimizer(

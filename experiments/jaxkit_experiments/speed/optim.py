@@ -37,6 +37,7 @@ __all__ = [
     "bench",
     "language_model_shapes",
     "main",
+    "multi_steps",
     "optimizers",
     "state_bytes",
     "task_rows",
@@ -114,8 +115,9 @@ def _normal(shapes: Any, seed: int, scale: float) -> Any:
     return jax.tree.map(draw, shapes)
 
 
-def _multi_steps(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    steps = optax.MultiSteps(inner, WINDOW).gradient_transformation()
+def multi_steps(inner: optax.GradientTransformation, k: int) -> optax.GradientTransformation:
+    """`inner` in `optax.MultiSteps`: `k` micro-batches to an update, in a buffer of their own."""
+    steps = optax.MultiSteps(inner, k)
     return optax.GradientTransformation(steps.init, steps.update)
 
 
@@ -127,10 +129,10 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
         f"tiger, {WINDOW} accumulated": tiger(1e-3, accumulation_steps=WINDOW),
         "tiger, bfloat16 momentum": tiger(1e-3, mu_dtype=jnp.bfloat16),
         "optax.lion": lion,
-        f"optax.lion in MultiSteps({WINDOW})": _multi_steps(lion),
+        f"optax.lion in MultiSteps({WINDOW})": multi_steps(lion, WINDOW),
         "optax.adamw": adamw,
-        f"optax.adamw in MultiSteps({WINDOW})": _multi_steps(adamw),
-        f"optax.lamb in MultiSteps({WINDOW})": _multi_steps(optax.lamb(1e-3)),
+        f"optax.adamw in MultiSteps({WINDOW})": multi_steps(adamw, WINDOW),
+        f"optax.lamb in MultiSteps({WINDOW})": multi_steps(optax.lamb(1e-3), WINDOW),
         f"accumulated_adam, {WINDOW} accumulated": accumulated_adam(
             1e-3, accumulation_steps=WINDOW
         ),
